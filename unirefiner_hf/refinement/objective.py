@@ -1,0 +1,357 @@
+"""UniRefiner's training objective: every pass of one step in one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..spurious import attention_flow, composites, detectors, similarity
+from . import losses, views
+from .settings import UniRefinerSettings
+
+LOSS_TERMS = ("loss_regu", "loss_uni", "loss_spu", "loss_scd")
+FILTERS = (
+    "rejected_fpgp_reference",
+    "rejected_fpgp_strip",
+    "rejected_detectors",
+    "rejected_ah",
+)
+
+
+@dataclass
+class TeacherViews:
+    """What the frozen tower says of one batch; crops of an image side by side.
+
+    Attributes:
+        image: ``(batch, patches, channels)``, tokens of the full images (Y).
+        crop: ``(batch * crops, patches, channels)``, crop part of the composites (F).
+        strip: ``(batch * crops, strip patches, channels)``, their reference part (K).
+        flow: queries and keys of the crop part for each attention-flow layer.
+    """
+
+    image: Tensor
+    crop: Tensor
+    strip: Tensor
+    flow: list[tuple[Tensor, Tensor]]
+
+
+class UniRefinerObjective(nn.Module):
+    """One UniRefiner step (arXiv 2605.19622): images in, loss and its parts out.
+
+    Student and teacher are one tower: the student with its adapter on, the teacher
+    with its adapter off, so the base is in memory once. Passes of the teacher and of
+    the relation target build no graph, run with dropout off and in chunks of
+    `settings.no_grad_batch` images; the reference image is encoded once a run and
+    size; queries and keys are read in the composite pass only, for
+    `settings.ah_layers` only.
+
+    Args:
+        model: the register model, its tower wrapped by a PEFT adapter.
+        settings: hyper-parameters of the method.
+        reference: ``(1, 3, height, width)``, the unrelated reference image, normalised
+            as the training images are.
+        register_factor: the frame is ``max(1, floor(side / register_factor))`` patches
+            wide, side being the shorter side of the image in patches.
+        channel_mask: ``(hidden,)``, 0 for lazy channels; None keeps every channel.
+
+    Raises:
+        TypeError: the tower has no PEFT adapter.
+        ValueError: an attention-flow layer the tower does not have.
+    """
+
+    reference: Tensor
+    channel_mask: Tensor
+
+    def __init__(
+        self,
+        model: UniRefinerModel,
+        settings: UniRefinerSettings,
+        reference: Tensor,
+        register_factor: int = 32,
+        channel_mask: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model.tower, PeftModel):
+            raise TypeError(
+                "UniRefinerObjective needs a tower with an adapter: the teacher is the "
+                "tower with its adapter off. Wrap model.tower with peft.get_peft_model."
+            )
+        layers = model.config.vision_config.num_hidden_layers
+        if settings.flow_layers and settings.flow_layers[-1] >= layers:
+            raise ValueError(
+                f"ah_layers is {settings.ah_layers}, but the tower has {layers} layers "
+                f"(0 to {layers - 1})."
+            )
+        self.model = model
+        self.settings = settings
+        self.register_factor = register_factor
+        if channel_mask is None:
+            channel_mask = torch.ones(model.config.vision_config.hidden_size)
+        self.register_buffer("channel_mask", channel_mask, persistent=False)
+        self.register_buffer("reference", reference.float(), persistent=False)
+        self._reference_cache: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def register_width(self, height: int, width: int) -> int:
+        """Frame in patches for an image of this many pixels (method, section 2)."""
+        side = min(height, width) // self.model.patch_size
+        return max(1, side // self.register_factor)
+
+    def forward(self, pixel_values: Tensor, progress: float = 1.0) -> dict[str, Tensor]:
+        """The loss of one batch.
+
+        Args:
+            pixel_values: ``(batch, 3, height, width)``, normalised.
+            progress: share of the run that is done, in [0, 1]; L_scd sets in at
+                `settings.scd_start`.
+
+        Returns:
+            ``loss`` with gradient, and without: the four terms, ``theta``,
+            ``clean_ratio`` and the share of crop tokens each filter rejects.
+        """
+        settings = self.settings
+        height, width = pixel_values.shape[-2:]
+        registers = self.register_width(height, width)
+        boxes = views.propose_crops(
+            len(pixel_values),
+            settings.num_crops,
+            (settings.crop_area_min, settings.crop_area_max),
+            settings.crop_aspect_max,
+        ).to(pixel_values.device)
+        side = composites.draw_side()
+        crops = views.crop_maps(pixel_values, boxes, (height, width))
+        teacher = self.teacher_views(pixel_values, crops, side)
+
+        # The pass with gradient comes before the relation pass: autocast would else
+        # reuse the adapter weights it cast without one.
+        student = self.model.encode(pixel_values, register_width=registers)
+        relation = None
+        if progress >= settings.scd_start and settings.scd_weight > 0:
+            frame = max(registers, settings.scd_register_width)
+            with self._without_gradient():
+                relation = self._encode(crops, frame)
+
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return self._losses(
+                self._unit(student.image),
+                self._unit(student.registers),
+                teacher,
+                self._unit(relation) if relation is not None else None,
+                boxes,
+                student.grid,
+            )
+
+    def teacher_views(
+        self, pixel_values: Tensor, crops: Tensor, side: str
+    ) -> TeacherViews:
+        """Every teacher pass of the step, L2-normalised, without lazy channels."""
+        ratio = self.settings.strip_ratio
+        height, width = pixel_values.shape[-2:]
+        grid = (height // self.model.patch_size, width // self.model.patch_size)
+        layers = self.settings.flow_layers
+        with self._without_gradient(), self._adapter_off():
+            reference, _ = self.reference_views(height, width)
+            images = composites.add_strip(
+                crops, reference, side, self.model.patch_size, ratio
+            )
+            tokens, flow = self._encode_with_flow(images, layers)
+            crop, strip = composites.split_strip(tokens, grid, side, ratio)
+            image = self._encode(pixel_values, 0)
+
+        def foreground(projection: Tensor) -> Tensor:
+            return composites.split_strip(projection, grid, side, ratio)[0]
+
+        return TeacherViews(
+            image=self._unit(image),
+            crop=self._unit(crop),
+            strip=self._unit(strip),
+            flow=[(foreground(q), foreground(k)) for q, k in flow],
+        )
+
+    def reference_views(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The reference at this size and its teacher tokens, encoded once.
+
+        Returns:
+            Pixels ``(1, 3, height, width)`` and L2-normalised tokens
+            ``(1, patches, channels)``.
+        """
+        size = (height, width)
+        if size not in self._reference_cache:
+            pixels = self.reference
+            if pixels.shape[-2:] != size:
+                pixels = functional.interpolate(
+                    pixels, size, mode="bicubic", antialias=True
+                )
+            with self._without_gradient(), self._adapter_off():
+                tokens = self.model.encode(pixels, register_width=0).image
+            self._reference_cache[size] = pixels, self._unit(tokens)
+        return self._reference_cache[size]
+
+    def set_channel_mask(self, channel_mask: Tensor) -> None:
+        """Leave the channels that are 0 in ``(hidden,)`` out of every cosine."""
+        self.channel_mask.copy_(channel_mask)
+        self._reference_cache.clear()
+
+    def _losses(
+        self,
+        image: Tensor,
+        registers: Tensor,
+        teacher: TeacherViews,
+        relation: Tensor | None,
+        boxes: Tensor,
+        grid: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        settings = self.settings
+        crops = boxes.shape[1]
+        temperature = settings.temperature
+        crop = functional.normalize(views.crop_tokens(image, grid, boxes), dim=-1)
+        full = teacher.image.repeat_interleave(crops, dim=0)
+        crop_registers = registers.repeat_interleave(crops, dim=0)
+
+        target = teacher.crop
+        if settings.match_to_full_image:
+            target = similarity.nearest_tokens(teacher.crop, full)
+        negatives = full if settings.match_to_full_image else teacher.crop
+        size = (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size)
+        with torch.no_grad():
+            clean, candidates, rejected = self._filter(
+                teacher, target, crop_registers, self.reference_views(*size)[1]
+            )
+            theta = losses.unrelated_similarity(target, clean)
+
+        terms = {
+            "loss_regu": losses.refinement_loss(
+                crop,
+                target,
+                negatives,
+                clean,
+                theta,
+                temperature=temperature,
+                uniformity=settings.uniformity,
+            ),
+            "loss_uni": losses.register_uniformity_loss(
+                image,
+                registers,
+                threshold=settings.detector_cosine,
+                temperature=temperature,
+            ),
+            "loss_spu": losses.absorption_loss(
+                crop_registers, candidates, crop, full, theta, temperature=temperature
+            ),
+        }
+        loss = terms["loss_regu"] + terms["loss_uni"]
+        loss = loss + settings.spurious_weight * terms["loss_spu"]
+        if relation is not None:
+            terms["loss_scd"] = losses.correlation_loss(
+                crop, relation, temperature=temperature
+            )
+            loss = loss + settings.scd_weight * terms["loss_scd"]
+        detached = {name: term.detach() for name, term in terms.items()}
+        return {"loss": loss, **detached, "theta": theta, **rejected}
+
+    def _filter(
+        self,
+        teacher: TeacherViews,
+        target: Tensor,
+        registers: Tensor,
+        reference: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Clean mask, absorption candidates, and the share each filter rejects."""
+        settings = self.settings
+        kept = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
+        rejected: dict[str, Tensor] = {}
+        candidates = []
+
+        def apply(name: str, clean: Tensor) -> None:
+            nonlocal kept
+            rejected[name] = (~clean).float().mean()
+            kept = kept & clean
+
+        comparisons = {
+            "rejected_fpgp_reference": reference,
+            "rejected_fpgp_strip": teacher.strip,
+        }
+        for name, comparison in comparisons.items():
+            scores = similarity.highest_cosine(teacher.crop, comparison)
+            apply(
+                name,
+                similarity.dissimilar(
+                    scores, settings.fpgp_sigma, settings.fpgp_cosine
+                ),
+            )
+            candidates.append(
+                similarity.draw_most_similar(
+                    teacher.crop, scores, settings.absorption_top, registers.shape[1]
+                )
+            )
+        found = detectors.draw_detectors(registers, settings.detector_share)
+        apply(
+            "rejected_detectors",
+            detectors.undetected(target, found, settings.detector_cosine),
+        )
+        if teacher.flow:
+            inflow = attention_flow.attention_inflow(
+                teacher.flow, ~kept, settings.ah_form, self.num_heads
+            )
+            hijacked = ~attention_flow.read_by_others(inflow, ~kept, settings.ah_sigma)
+            apply("rejected_ah", ~(hijacked & kept))
+        rejected["clean_ratio"] = kept.float().mean()
+        if not kept.any():
+            kept = torch.ones_like(kept)
+        return kept, torch.cat(candidates, dim=1), rejected
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the tower."""
+        return int(self.model.config.vision_config.num_attention_heads)
+
+    def _unit(self, tokens: Tensor) -> Tensor:
+        return similarity.unit_tokens(tokens, self.channel_mask)
+
+    def _encode(self, images: Tensor, register_width: int) -> Tensor:
+        chunks = images.split(self._chunk(images))
+        return torch.cat([self.model.encode(c, register_width).image for c in chunks])
+
+    def _encode_with_flow(
+        self, images: Tensor, layers: tuple[int, ...]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        parts = [
+            self.model.encode(chunk, 0, query_key_layers=layers)
+            for chunk in images.split(self._chunk(images))
+        ]
+        flow = [
+            (
+                torch.cat([part.queries_keys[layer][0] for part in parts]),
+                torch.cat([part.queries_keys[layer][1] for part in parts]),
+            )
+            for layer in layers
+        ]
+        return torch.cat([part.image for part in parts]), flow
+
+    def _chunk(self, images: Tensor) -> int:
+        if self.settings.no_grad_batch is not None:
+            return self.settings.no_grad_batch
+        return 1 if images.device.type == "cpu" else len(images)
+
+    @contextmanager
+    def _without_gradient(self) -> Iterator[None]:
+        """No graph, dropout off, gradient checkpointing idle."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        """The teacher: the tower as it was before the adapter."""
+        with self.model.tower.disable_adapter():
+            yield

@@ -1,0 +1,126 @@
+"""Hyper-parameters of UniRefiner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..spurious.settings import FilterSettings, require
+
+
+@dataclass
+class UniRefinerSettings(FilterSettings):
+    """Hyper-parameters of one UniRefiner step (arXiv 2605.19622).
+
+    Defaults are those of the authors' release. Similarities are cosines,
+    widths and layers are counted in patches and from 0.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    num_crops: int = field(
+        default=3, metadata={"help": "Crops per image and step (P in the paper)."}
+    )
+    crop_area_min: float = field(
+        default=0.25, metadata={"help": "Smallest crop area, as a share of the image."}
+    )
+    crop_area_max: float = field(
+        default=0.5, metadata={"help": "Largest crop area, as a share of the image."}
+    )
+    crop_aspect_max: float = field(
+        default=1.5,
+        metadata={
+            "help": "Largest aspect ratio of a crop; drawn log-uniformly between "
+            "its inverse and itself."
+        },
+    )
+    temperature: float = field(
+        default=0.2, metadata={"help": "Temperature of every softmax over cosines."}
+    )
+    uniformity: float = field(
+        default=0.3,
+        metadata={
+            "help": "Weight of the log-sum-exp over the teacher's tokens (u). The "
+            "published recipes use 0.3, and 1.0 for the largest towers."
+        },
+    )
+    detector_cosine: float = field(
+        default=0.55,
+        metadata={
+            "help": "A target this similar to a register token is rejected; "
+            "image-to-register cosines below it pass no gradient in L_uni."
+        },
+    )
+    detector_share: float = field(
+        default=1 / 3,
+        metadata={"help": "Share of the register tokens used as detectors."},
+    )
+    match_to_full_image: bool = field(
+        default=True,
+        metadata={
+            "help": "Targets are the nearest tokens of the full image. False: the "
+            "crop's own teacher tokens (published for EVA-CLIP-8B)."
+        },
+    )
+    absorption_top: float = field(
+        default=0.4,
+        metadata={
+            "help": "Absorption candidates are drawn from this share of the tokens "
+            "most similar to the reference."
+        },
+    )
+    spurious_weight: float = field(
+        default=0.1, metadata={"help": "Weight of L_spu, the absorption loss."}
+    )
+    scd_weight: float = field(
+        default=0.4,
+        metadata={"help": "Weight of L_scd, spatial correlation distillation."},
+    )
+    scd_start: float = field(
+        default=0.1,
+        metadata={"help": "Share of the run before L_scd sets in."},
+    )
+    scd_register_width: int = field(
+        default=4,
+        metadata={
+            "help": "Smallest frame, in patches, of the crops that give L_scd its target."
+        },
+    )
+    lazy_channels: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave the channels that dominate every cosine out of all "
+            "similarities; they are looked for once, before training."
+        },
+    )
+    no_grad_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images a tower pass without gradient takes at once. Smaller "
+            "needs less memory; the result is the same. Unset: chosen from the "
+            "device (1 on a CPU, all on a GPU)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "num_crops", self.num_crops >= 1, "at least 1")
+        require(self, "crop_area_min", 0 < self.crop_area_min <= 1, "in (0, 1]")
+        require(
+            self,
+            "crop_area_max",
+            self.crop_area_min <= self.crop_area_max <= 1,
+            f"between crop_area_min ({self.crop_area_min}) and 1",
+        )
+        require(self, "crop_aspect_max", self.crop_aspect_max >= 1, "at least 1")
+        require(self, "temperature", self.temperature > 0, "positive")
+        require(self, "detector_share", 0 < self.detector_share <= 1, "in (0, 1]")
+        require(self, "absorption_top", 0 < self.absorption_top <= 1, "in (0, 1]")
+        require(self, "scd_start", 0 <= self.scd_start <= 1, "in [0, 1]")
+        require(self, "scd_register_width", self.scd_register_width >= 0, "0 or more")
+        require(
+            self,
+            "no_grad_batch",
+            self.no_grad_batch is None or self.no_grad_batch >= 1,
+            "at least 1, or unset",
+        )

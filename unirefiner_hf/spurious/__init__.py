@@ -1,0 +1,1 @@
+"""Finding spurious tokens: the filters of UniRefiner, usable without training."""

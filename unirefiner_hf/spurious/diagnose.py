@@ -1,0 +1,155 @@
+"""How many of a model's tokens are spurious, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..modeling.modeling_unirefiner import UniRefinerModel
+from . import attention_flow, similarity
+from .composites import add_strip, split_strip
+from .settings import FilterSettings
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Values from which a token counts as spurious.
+
+    Attributes:
+        reference: ``(batch, 1)``, cosine to the reference image's tokens.
+        strip: ``(batch, 1)``, cosine to the strip's tokens inside the composite.
+        inflow: scalar, attention inflow below which a token is hijacked.
+    """
+
+    reference: Tensor
+    strip: Tensor
+    inflow: Tensor
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Spurious tokens of a batch; maps are ``(batch, patches)`` in raster order.
+
+    Attributes:
+        fpgp: bool, fixed patterns and global proxies.
+        ah: bool, attention hijackees among the rest.
+        similarity: highest cosine to an unrelated token (reference or strip).
+        inflow: attention received, mean 1.
+        thresholds: the values used, to judge another model by the same.
+        grid: rows and columns of patches.
+    """
+
+    fpgp: Tensor
+    ah: Tensor
+    similarity: Tensor
+    inflow: Tensor
+    thresholds: Thresholds
+    grid: tuple[int, int]
+
+    @property
+    def spurious(self) -> Tensor:
+        """``(batch, patches)`` bool, found by either filter."""
+        return self.fpgp | self.ah
+
+    def shares(self) -> dict[str, float]:
+        """Share of all tokens: ``fpgp``, ``ah`` and ``spurious`` (either)."""
+        maps = {"fpgp": self.fpgp, "ah": self.ah, "spurious": self.spurious}
+        return {name: found.float().mean().item() for name, found in maps.items()}
+
+
+def middle_layers(num_layers: int) -> list[int]:
+    """First and last layer of the attention-flow filter where none are published.
+
+    The published choices lie between 0.31 and 0.64 of the depth (method, table of
+    section 4); this takes the layers from 0.4 to 0.55.
+    """
+    first = round(0.4 * num_layers)
+    return [first, max(first, round(0.55 * num_layers) - 1)]
+
+
+@torch.no_grad()
+def diagnose(
+    model: UniRefinerModel,
+    pixel_values: Tensor,
+    reference: Tensor,
+    settings: FilterSettings | None = None,
+    *,
+    register_width: int | None = None,
+    thresholds: Thresholds | None = None,
+    side: str = "right",
+) -> Diagnosis:
+    """Find a model's spurious tokens by the filters of training, on whole images.
+
+    The image is compared with the reference image alone and, as a composite, with a
+    strip of it glued to one side; the attention flow is read inside the composite.
+
+    Args:
+        pixel_values: ``(batch, 3, height, width)``, normalised.
+        reference: ``(1, 3, any height, any width)``, normalised.
+        settings: settings of the filters; where `ah_layers` is unset, `middle_layers`.
+        register_width: frame in patches; None takes the model's own, 0 its bare tower.
+        thresholds: judge by these instead of by this model's own statistics. The
+            adaptive thresholds follow the mean of each image, so the adaptive shares
+            of two models differ little; shares at one model's thresholds do.
+
+    Raises:
+        ValueError: sizes off the patch grid.
+    """
+    settings = settings or FilterSettings()
+    config = model.config.vision_config
+    layers = settings.flow_layers
+    if not layers:
+        first, last = middle_layers(config.num_hidden_layers)
+        layers = tuple(range(first, last + 1))
+    if register_width is None:
+        register_width = model.config.register_width
+    size = pixel_values.shape[-2:]
+    if reference.shape[-2:] != size:
+        reference = functional.interpolate(
+            reference, size, mode="bicubic", antialias=True
+        )
+    patch, ratio = model.patch_size, settings.strip_ratio
+    grid = (size[0] // patch, size[1] // patch)
+
+    def unit(tokens: Tensor) -> Tensor:
+        return similarity.unit_tokens(tokens)
+
+    unrelated = unit(model.encode(reference, register_width).image)
+    composite = add_strip(pixel_values, reference, side, patch, ratio)
+    encoded = model.encode(composite, register_width, query_key_layers=layers)
+    image, strip = split_strip(unit(encoded.image), grid, side, ratio)
+    to_reference = similarity.highest_cosine(image, unrelated)
+    to_strip = similarity.highest_cosine(image, strip)
+
+    own_reference = similarity.similarity_threshold(to_reference, settings.fpgp_sigma)
+    own_strip = similarity.similarity_threshold(to_strip, settings.fpgp_sigma)
+    if settings.fpgp_cosine is not None:
+        own_reference = torch.full_like(own_reference, settings.fpgp_cosine)
+        own_strip = torch.full_like(own_strip, settings.fpgp_cosine)
+    limits = thresholds or Thresholds(own_reference, own_strip, torch.tensor(0.0))
+    fpgp = (to_reference >= limits.reference) | (to_strip >= limits.strip)
+
+    flow = [
+        tuple(split_strip(projection, grid, side, ratio)[0] for projection in pair)
+        for pair in encoded.queries_keys.values()
+    ]
+    inflow = attention_flow.attention_inflow(
+        [(queries, keys) for queries, keys in flow],
+        fpgp,
+        settings.ah_form,
+        config.num_attention_heads,
+    )
+    if thresholds is None:
+        limit = attention_flow.inflow_threshold(inflow, fpgp, settings.ah_sigma)
+        limits = Thresholds(own_reference, own_strip, limit)
+    return Diagnosis(
+        fpgp=fpgp,
+        ah=(inflow < limits.inflow) & ~fpgp,
+        similarity=torch.maximum(to_reference, to_strip),
+        inflow=inflow,
+        thresholds=limits,
+        grid=grid,
+    )

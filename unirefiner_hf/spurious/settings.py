@@ -1,0 +1,91 @@
+"""Settings of the filters that find spurious tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def require(settings: Any, name: str, ok: bool, rule: str) -> None:
+    """Raise a ValueError that names the field, its value and the rule it breaks."""
+    if not ok:
+        raise ValueError(f"{name} is {getattr(settings, name)!r}; it must be {rule}.")
+
+
+@dataclass
+class FilterSettings:
+    """Settings of the FP-GP and attention-flow filters (arXiv 2605.19622).
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    strip_ratio: float = field(
+        default=0.35,
+        metadata={
+            "help": "Width of the reference strip glued to a crop, as a share of "
+            "the grid's width; rounded down to patches, then up to an even number."
+        },
+    )
+    fpgp_sigma: float = field(
+        default=0.5,
+        metadata={
+            "help": "A token is a fixed pattern or global proxy when its highest "
+            "cosine to the reference exceeds the image's mean by this many "
+            "standard deviations. Lower rejects more."
+        },
+    )
+    fpgp_cosine: float | None = field(
+        default=None,
+        metadata={
+            "help": "A fixed cosine threshold in place of fpgp_sigma. Unset: fpgp_sigma."
+        },
+    )
+    ah_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "First and last layer (inclusive, from 0) whose attention flow "
+            "finds attention hijackees. Unset: the filter is off."
+        },
+    )
+    ah_sigma: float = field(
+        default=0.5,
+        metadata={
+            "help": "A token is an attention hijackee when its inflow is this many "
+            "standard deviations below the mean."
+        },
+    )
+    ah_form: str = field(
+        default="release",
+        metadata={
+            "help": "'release': q and k normalised over all heads at once, no "
+            "temperature, rejected keys set to 0. 'paper': softmax(q k^T / sqrt(d)) "
+            "per head.",
+            "choices": ["release", "paper"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "strip_ratio", 0 < self.strip_ratio <= 1, "in (0, 1]")
+        require(
+            self,
+            "ah_form",
+            self.ah_form in ("release", "paper"),
+            "'release' or 'paper'",
+        )
+        require(
+            self,
+            "ah_layers",
+            self.ah_layers is None
+            or (
+                len(self.ah_layers) == 2 and 0 <= self.ah_layers[0] <= self.ah_layers[1]
+            ),
+            "two layer numbers, the first not above the last, or unset",
+        )
+
+    @property
+    def flow_layers(self) -> tuple[int, ...]:
+        """Layers whose queries and keys the attention-flow filter reads."""
+        if self.ah_layers is None:
+            return ()
+        return tuple(range(self.ah_layers[0], self.ah_layers[1] + 1))
