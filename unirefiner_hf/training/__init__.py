@@ -1,0 +1,1 @@
+"""Training a refinement: data, arguments, trainer."""

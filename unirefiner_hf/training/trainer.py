@@ -1,0 +1,323 @@
+"""Trainer of refinement objectives on `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..refinement.objective import FILTERS, LOSS_TERMS
+from .callbacks import GracefulStop, RefinementProgress
+from .state_tree import load_tree, random_states, restore_random_states, save_tree
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+REGISTER_PATCH = "register_patch.safetensors"
+REFINER_STATE = "refiner_state.json"
+OPTIMIZER_STATE = "optimizer.safetensors"
+SCHEDULER_STATE = "scheduler.safetensors"
+STAGING = ".unfinished"
+METRICS = (*LOSS_TERMS, "theta", "clean_ratio", *FILTERS)
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss term became NaN or infinite."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or does not fit this run."""
+
+
+class RefinementTrainer(Trainer):
+    """`transformers.Trainer` for an objective whose forward returns loss and metrics.
+
+    What differs from its base:
+
+    - a checkpoint holds the adapter (as PEFT saves it), the learnable frame if there is
+      one, and the state needed to resume, all as safetensors or JSON; under DeepSpeed
+      and FSDP the optimiser's state is the engine's own;
+    - a checkpoint appears whole or not at all: it is written beside the run and
+      renamed, so a kill during saving leaves the one before;
+    - loss terms, clean ratio and the share each filter rejects are averaged over
+      steps and processes and logged with the loss;
+    - a loss that is not finite stops the run before the weights change;
+    - images the data set had to skip are counted in `skipped`.
+
+    Args:
+        lazy_channels: channels left out of cosines, kept in every checkpoint.
+        kwargs: those of `transformers.Trainer`; `model` is the objective.
+    """
+
+    def __init__(
+        self, *, lazy_channels: list[int] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.lazy_channels = lazy_channels or []
+        self.skipped: dict[str, str] = {}
+        self.last_metrics: dict[str, float] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self.graceful_stop = GracefulStop()
+        self.add_callback(self.graceful_stop)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(RefinementProgress)
+        else:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(PrinterCallback)
+
+    @property
+    def objective(self) -> nn.Module:
+        """The objective without the wrappers of DDP, DeepSpeed or torch.compile."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss; records its metrics.
+
+        Raises:
+            NonFiniteLossError: names the terms that are not finite and the step.
+        """
+        for entry in inputs.get("skipped", ()):
+            name, _, reason = entry.partition(": ")
+            self.skipped[name] = reason
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        outputs = model(pixel_values=inputs["pixel_values"], progress=progress)
+        self._stop_unless_finite(outputs)
+        for name in METRICS:
+            if name in outputs:
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = (total + outputs[name].detach().float(), count + 1)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _stop_unless_finite(self, outputs: dict[str, Tensor]) -> None:
+        names = [name for name in ("loss", *LOSS_TERMS) if name in outputs]
+        values = torch.stack([outputs[name].detach().float() for name in names])
+        if torch.isfinite(values).all():
+            return
+        broken = [
+            f"{name} = {value}"
+            for name, value in zip(names, values.tolist(), strict=True)
+            if value != value or value in (float("inf"), float("-inf"))
+        ]
+        raise NonFiniteLossError(
+            f"Step {self.state.global_step + 1}: {', '.join(broken)}. The weights were not "
+            f"updated. {self._last_good()} Lower the learning rate, or train in float32."
+        )
+
+    def _last_good(self) -> str:
+        step = last_checkpoint_step(Path(self.args.output_dir))
+        if step is None:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is checkpoint-{step}."
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics' means since the last log, over all processes."""
+        if "loss" in logs and self._sums:
+            names = list(self._sums)
+            means = torch.stack([total / n for total, n in self._sums.values()])
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs.update(zip(names, means.tolist(), strict=True))
+            self._sums.clear()
+        if self.skipped:
+            logs["skipped_images"] = float(len(self.skipped))
+        self.last_metrics.update(logs)
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._is_staging else folder
+
+    _is_staging = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = run / STAGING
+        self._wait()
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._wait()
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as problem:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise CheckpointError(
+                f"{name} could not be written: {problem}. {self._last_good()} Free space in "
+                "the output folder, then continue with --resume."
+            ) from problem
+        finally:
+            self._is_staging = False
+        self._wait()
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(staging / name, run / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(run), save_total_limit=self.args.save_total_limit
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if state_dict is not None:
+            state_dict = _below(state_dict, "model.")
+        save_adapter(self.objective.model, folder, state_dict)
+        state = {"lazy_channels": self.lazy_channels, "skipped": self.skipped}
+        (folder / REFINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_adapter(self.objective.model, folder)
+        self.skipped.update(read_refiner_state(folder)["skipped"])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            folder = Path(output_dir)
+            save_tree(self.optimizer.state_dict(), folder / OPTIMIZER_STATE)
+            save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        self.optimizer.load_state_dict(load_tree(folder / OPTIMIZER_STATE))
+        self.lr_scheduler.load_state_dict(load_tree(folder / SCHEDULER_STATE))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_tree(random_states(), Path(output_dir) / self._rng_file)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / self._rng_file
+        if not file.is_file():
+            raise CheckpointError(
+                f"{Path(checkpoint).name} has no {file.name}: it was written by a run "
+                "with another number of processes. Resume with the same number."
+            )
+        restore_random_states(load_tree(file))
+
+    @property
+    def _rng_file(self) -> str:
+        return f"random_state_{self.args.process_index}.safetensors"
+
+
+def save_adapter(
+    model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write the tower's adapter as PEFT does, and the learnable frame beside it.
+
+    Args:
+        model: the register model with a PEFT tower.
+        state_dict: the model's gathered weights where they are sharded.
+    """
+    tower: PeftModel = model.tower
+    weights = get_peft_model_state_dict(
+        tower, state_dict=None if state_dict is None else _below(state_dict, "tower.")
+    )
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in weights.items()
+    }
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = copy.copy(tower.peft_config[tower.active_adapter])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    if model.config.register_fill == "learnable":
+        patch = (
+            model.register_patch if state_dict is None else state_dict["register_patch"]
+        )
+        save_file({"register_patch": patch.detach().cpu()}, folder / REGISTER_PATCH)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Read an adapter (and learnable frame) that `save_adapter` wrote.
+
+    Raises:
+        CheckpointError: a file is missing, or the adapter belongs to another tower.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"{folder.name} holds no {ADAPTER_WEIGHTS}.")
+    weights = load_file(file)
+    expected = get_peft_model_state_dict(model.tower)
+    wrong = [
+        name
+        for name in sorted(weights.keys() | expected.keys())
+        if name not in weights
+        or name not in expected
+        or weights[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"The adapter in {folder.name} does not fit this tower: {len(wrong)} of "
+            f"{len(expected)} tensors differ in name or shape, the first is {wrong[0]}. "
+            "Use the model and lora_rank of the run that wrote it."
+        )
+    set_peft_model_state_dict(model.tower, weights)
+    if model.config.register_fill == "learnable":
+        with (
+            safe_open(folder / REGISTER_PATCH, framework="pt") as patch,
+            torch.no_grad(),
+        ):
+            model.register_patch.copy_(patch.get_tensor("register_patch"))
+
+
+def read_refiner_state(folder: Path) -> dict[str, Any]:
+    """Lazy channels and skipped images a checkpoint recorded."""
+    return json.loads((folder / REFINER_STATE).read_text())
+
+
+def last_checkpoint_step(run: Path) -> int | None:
+    """Step of the newest checkpoint of a run, None without one."""
+    steps = [
+        int(folder.name.removeprefix("checkpoint-"))
+        for folder in run.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdigit()
+        and (folder / "trainer_state.json").is_file()
+    ]
+    return max(steps, default=None)
+
+
+def _below(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state_dict.items()
+        if name.startswith(prefix)
+    }
