@@ -23,7 +23,9 @@ class ImageError(ValueError):
     """An image cannot be used; the message names it and the reason."""
 
 
-def load_rgb(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
+def load_rgb(
+    source: str | Path | bytes | Image.Image, name: str | None = None
+) -> Image.Image:
     """Read an image as RGB, the way it is meant to be seen.
 
     EXIF orientation is applied; CMYK, palette and greyscale are converted, 16-bit values
@@ -102,7 +104,11 @@ def preprocess(
     height, width = size
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)
-    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1).contiguous()
+    return (
+        ((pixels - torch.tensor(mean)) / torch.tensor(std))
+        .permute(2, 0, 1)
+        .contiguous()
+    )
 
 
 def denormalise(
