@@ -1,41 +1,67 @@
 """Configuration of the register model."""
 
-from __future__ import annotations
-
+import copy
+import dataclasses
 import difflib
-from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 from .registers import FILLS
 
 FORMAT_VERSION = 1
 
+# Written to config files by transformers or known to it, without being an attribute of
+# a fresh configuration.
+_STANDARD_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "gradient_checkpointing",
+    "per_layer_config",
+    "quantization_config",
+    "stage_names",
+    "task_specific_params",
+    "torchscript",
+}
+
+logger = logging.get_logger(__name__)
+
 
 @strict
 class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
-    """A vision tower and the register frame put round its images.
+    r"""Configuration of `UniRefinerModel` and `UniRefinerBackbone`.
 
     Args:
-        vision_config: config of the tower.
-        register_width: frame in patches; 0 is the bare tower.
-        register_fill: ``"zero"``, ``"randn"``, ``"rand"`` or ``"learnable"``.
-        register_seed: seed of a random frame in eval mode.
-        final_norm: apply the tower's last layer norm to the patch tokens of a family
-            whose `last_hidden_state` lacks it (CLIP). False gives the bare tower's tokens.
-        apply_layernorm: apply the norm of `last_hidden_state` to the feature maps of
-            intermediate stages too, where the model is a backbone.
-        reshape_hidden_states: feature maps ``(batch, hidden, height, width)``; False:
-            ``(batch, 1 + patches, hidden)`` with the class token first.
-        format_version: version of the checkpoint's layout.
+        vision_config: config of the vision tower, or its dict with ``model_type``.
+            It is copied.
+        register_width: width in patches of the frame put round each image
+            (UniRefiner, arXiv 2605.19622: register regions). 0: no frame.
+        register_fill: pixels of the frame in normalised space: ``zero``, ``randn``
+            N(0, 1), ``rand`` uniform in [0, 1), or ``learnable``: one patch of pixels,
+            a parameter of the model, tiled.
+        register_seed: seed of the ``randn`` and ``rand`` frames in eval mode.
+        final_norm: apply the tower's own last layer norm to the patch tokens in
+            families whose ``last_hidden_state`` lacks it (CLIP). False: the tower's
+            tokens as they are.
+        apply_layernorm: backbone only. Put every stage through the layer norm that
+            ``last_hidden_state`` went through, if it went through one. False: every
+            stage as the layer returns it.
+        reshape_hidden_states: backbone only. Feature maps ``(batch, hidden, h, w)``;
+            False: ``(batch, 1 + h * w, hidden)`` with a readout token first, which
+            DPT heads want.
+        format_version: version of this file format.
+
+    ``out_features`` (or ``out_indices``) names the stages a backbone returns: ``stem``,
+    ``stage1``, ... one per layer; the last one if none is named.
 
     Raises:
-        ValueError: a value is outside its range, a key is a misspelt field, or the
-            checkpoint is of a later format.
+        ValueError: an unknown argument (names the nearest valid one), a register
+            setting out of range, or a file written by a later format.
     """
 
     model_type = "unirefiner"
@@ -57,35 +83,29 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         out_features = kwargs.pop("out_features", None)
         out_indices = kwargs.pop("out_indices", None)
-        names = [f.name for f in fields(self) if not f.name.startswith("_")]
-        for key in kwargs:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.85)
-            if near:
-                raise ValueError(f"UniRefinerConfig has no {key!r}: did you mean {near[0]!r}?")
-        if self.register_width < 0:
-            raise ValueError(
-                f"register_width is {self.register_width}; it must be 0 or more patches."
-            )
-        if self.register_fill not in FILLS:
-            raise ValueError(
-                f"register_fill is {self.register_fill!r}; use one of {', '.join(FILLS)}."
-            )
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"This checkpoint is of format {self.format_version}, this version of "
-                f"unirefiner_hf reads up to {FORMAT_VERSION}: upgrade unirefiner_hf."
-            )
+        kwargs.pop("stage_names", None)
+        kwargs.pop("model_type", None)
+        self._refuse_unknown(kwargs)
+        if isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = copy.deepcopy(self.vision_config)
         super().__post_init__(**kwargs)
+        self._check_settings()
         layers = self.vision_config.num_hidden_layers
-        self.stage_names = ["stem", *(f"stage{n}" for n in range(1, layers + 1))]
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, layers + 1))]
         self.set_output_features_output_indices(
             out_features=out_features, out_indices=out_indices
         )
 
     @property
     def hidden_size(self) -> int:
-        """Channels of a token."""
+        """Width of a token."""
         return self.vision_config.hidden_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        size = self.vision_config.patch_size
+        return size if isinstance(size, int) else size[0]
 
     @property
     def num_hidden_layers(self) -> int:
@@ -94,8 +114,65 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Attention heads of the tower."""
+        """Attention heads of each layer."""
         return self.vision_config.num_attention_heads
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images the tower was pretrained on."""
+        size = self.vision_config.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def _check_settings(self) -> None:
+        if self.register_width < 0:
+            raise ValueError(
+                f"register_width is {self.register_width}; it must be 0 or more patches."
+            )
+        if self.register_fill not in FILLS:
+            raise ValueError(
+                f"register_fill is {self.register_fill!r}; "
+                f"choose one of {', '.join(FILLS)}."
+            )
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {self.format_version}, this version of the code "
+                f"reads up to {FORMAT_VERSION}: update unirefiner_hf."
+            )
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        """Refuse arguments that neither this class nor transformers knows.
+
+        A file saved by a later transformers may carry a standard field unknown here:
+        that is kept and logged, unless it looks like a misspelt field of this class.
+        """
+        own = {field.name for field in dataclasses.fields(UniRefinerConfig)}
+        own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        own = {name for name in own if not name.startswith("_")}
+        own |= {"out_features", "out_indices"}
+        for name in kwargs:
+            if name.startswith("_") or name in _STANDARD_KEYS:
+                continue
+            if hasattr(PreTrainedConfig, name) or name in _generation_keys():
+                continue
+            nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
+            if nearest:
+                raise ValueError(
+                    f"UniRefinerConfig has no field {name!r}; "
+                    f"did you mean {nearest[0]!r}?"
+                )
+            if self.transformers_version is None:
+                raise ValueError(
+                    f"UniRefinerConfig has no field {name!r}; "
+                    f"its fields are {', '.join(sorted(own))}."
+                )
+            logger.warning("UniRefinerConfig keeps the unknown field %r.", name)
+
+
+def _generation_keys() -> set[str]:
+    """Text-generation settings that old config files carry; transformers drops them."""
+    from transformers import GenerationConfig
+
+    return set(GenerationConfig().to_dict())
 
 
 __all__ = ["UniRefinerConfig"]

@@ -1,85 +1,130 @@
-"""A vision tower inside a register frame, as a `PreTrainedModel`."""
+"""A vision tower with a frame of register patches round its image.
+
+UniRefiner (arXiv 2605.19622): the tower sees the framed image, the tokens of the frame
+are thrown away, those of the image are returned. Positions follow the framed grid:
+absolute position embeddings are interpolated to it, so the same image gets other
+positions at another register width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.backbone_utils import BackboneMixin
-from transformers.modeling_outputs import BackboneOutput, ModelOutput
-from transformers.utils import can_return_tuple
+from transformers import AutoModel, PreTrainedModel, initialization
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_unirefiner import UniRefinerConfig
 from .registers import frame_pixels, split_frame
-from .towers import check_tower, family_of, load_tower, record_queries_keys
+from .towers import (
+    DUAL_ENCODERS,
+    QueriesKeys,
+    TowerFamily,
+    check_tower,
+    family_of,
+    load_tower,
+    patch_size_of,
+    record_queries_keys,
+)
+
+HiddenStates = tuple["Tensor | None", ...]
+Model = TypeVar("Model", bound="UniRefinerPreTrainedModel")
 
 
 @dataclass
 class UniRefinerOutput(ModelOutput):
-    """Tokens of the image, without the frame.
+    """Output of `UniRefinerModel`, without prefix tokens and without the frame.
 
     Attributes:
-        last_hidden_state: ``(batch, height/p * width/p, hidden)`` in raster order.
-        pooler_output: ``(batch, hidden)`` where the tower pools. A head that attends to
-            all tokens (SigLIP) sees the image's only; a class token comes from the framed
-            pass.
-        hidden_states: each layer's ``(batch, patches, hidden)``; None where unselected.
-        attentions: each layer's ``(batch, heads, patches, patches)``, cut down to the
-            image: rows do not add up to 1.
-        feature_map: ``(batch, hidden, height/p, width/p)``, a view of the tokens.
+        last_hidden_state: ``(batch, h * w, hidden)``, image tokens in raster order.
+        pooler_output: ``(batch, hidden)`` where the tower pools, else None. The tower's
+            own where it is read from a prefix token (which saw the frame); a head that
+            attends over all tokens pools the image tokens only.
+        hidden_states: one ``(batch, h * w, hidden)`` for the embeddings and one for
+            each layer, before the last layer norm; None in place of those that
+            `output_hidden_states` as an int or list did not select.
+        attentions: one ``(batch, heads, h * w, h * w)`` a layer, from image tokens to
+            image tokens; attention paid to the frame and to prefix tokens is cut off,
+            so rows do not sum to one.
+        feature_map: ``(batch, hidden, h, w)``, `last_hidden_state` as a map.
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
-    attentions: tuple[Tensor | None, ...] | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: tuple[Tensor, ...] | None = None
     feature_map: Tensor | None = None
 
 
 @dataclass
 class TowerTokens:
-    """One pass of the tower, its tokens by where they lie.
+    """Tokens of one pass through the framed tower; see `UniRefinerModel.encode`.
 
     Attributes:
-        image: ``(batch, patches, hidden)`` in raster order.
-        registers: ``(batch, registers, hidden)`` in raster order of the framed grid.
-        grid: rows and columns of the image, in patches.
-        queries_keys: layer -> queries and keys of the image tokens,
-            ``(batch, patches, heads * head_size)``.
+        image: ``(batch, h * w, hidden)``, raster order.
+        registers: ``(batch, registers, hidden)``, raster order of the framed grid.
+        grid: ``(h, w)``, the image in patches.
+        queries_keys: layer -> (queries, keys) of the image tokens, each
+            ``(batch, h * w, channels)`` with all heads side by side.
     """
 
     image: Tensor
     registers: Tensor
     grid: tuple[int, int]
-    queries_keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    queries_keys: QueriesKeys
 
 
 @dataclass
 class _Pass:
-    """Outputs of one framed pass and how its tokens divide."""
+    """One pass through the tower and what is needed to take the frame off it."""
 
-    output: Any
-    sequence: Tensor
-    image: Tensor
-    registers: Tensor
+    output: ModelOutput
     grid: tuple[int, int]
     width: int
     prefix: int
 
-    def crop(self, tokens: Tensor) -> Tensor:
-        """Image tokens of any ``(batch, prefix + framed patches, channels)``."""
-        return split_frame(tokens[:, self.prefix :], self.grid, self.width)[0]
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and register tokens of a full sequence ``(batch, tokens, channels)``."""
+        return split_frame(tokens[:, self.prefix :], self.grid, self.width)
+
+    def image(self, tokens: Tensor) -> Tensor:
+        return self.split(tokens)[0]
+
+    def hidden_states(self) -> HiddenStates | None:
+        states = self.output.hidden_states
+        if states is None:
+            return None
+        return tuple(None if state is None else self.image(state) for state in states)
+
+    def attentions(self) -> tuple[Tensor, ...] | None:
+        maps = self.output.attentions
+        if not maps:
+            return None
+        places = torch.arange(maps[0].shape[-1], device=maps[0].device)
+        kept = self.image(places[None, :, None]).flatten()
+        return tuple(m.index_select(-1, kept).index_select(-2, kept) for m in maps)
 
 
 class UniRefinerPreTrainedModel(PreTrainedModel):
-    """The tower, the frame and how a pass divides; base of the public classes."""
+    """A framed tower; what `UniRefinerModel` and `UniRefinerBackbone` share.
 
-    config_class = UniRefinerConfig
+    Attributes:
+        tower: the vision tower of transformers, its weights untouched.
+        register_patch: ``(3, patch, patch)``, the pixels tiled over a ``learnable``
+            frame (zeros at first); None with any other fill.
+
+    Raises:
+        ValueError: an unsupported tower, or `final_norm` where there is none to apply.
+    """
+
     config: UniRefinerConfig
+    config_class = UniRefinerConfig
     base_model_prefix = "unirefiner"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -88,202 +133,255 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # A place of its own keeps `register_patch` from being offloaded with a layer.
+    register_patch: nn.Parameter | None
 
     def __init__(self, config: UniRefinerConfig) -> None:
         super().__init__(config)
-        self.family = family_of(config.vision_config)
+        self.family: TowerFamily = family_of(config.vision_config)
         if config.final_norm and self.family.norm_in_output:
             raise ValueError(
-                f"final_norm is on, but the tokens of a {self.family.model_type} tower have "
-                "been through its last norm already: leave final_norm off."
+                f"final_norm=True, but last_hidden_state of a "
+                f"{config.vision_config.model_type} tower already went through its last "
+                f"layer norm ({self.family.final_norm}). Leave final_norm=False."
             )
         self.tower = AutoModel.from_config(config.vision_config)
         check_tower(self.tower)
+        patch = None
         if config.register_fill == "learnable":
-            patch = self.patch_size
-            self.register_patch = nn.Parameter(torch.zeros(3, patch, patch))
+            side = self.patch_size
+            patch = nn.Parameter(torch.zeros(3, side, side))
+        self.register_parameter("register_patch", patch)
         self.post_init()
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels a patch."""
-        size = self.config.vision_config.patch_size
-        return size if isinstance(size, int) else size[0]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.tower.get_input_embeddings()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, UniRefinerPreTrainedModel):
-            if self.config.register_fill == "learnable":
-                module.register_patch.zero_()
-        else:
-            super()._init_weights(module)
-
-    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                "pixel_values must be (batch, 3, height, width); got "
-                f"{tuple(pixel_values.shape)}."
-            )
-        height, width = pixel_values.shape[-2:]
-        patch = self.patch_size
-        if height % patch or width % patch or height < patch or width < patch:
-            nearest = tuple(max(1, round(side / patch)) * patch for side in (height, width))
-            raise ValueError(
-                f"Images of {height}x{width} pixels do not divide into patches of {patch}: "
-                f"resize them to multiples of {patch}, such as {nearest[0]}x{nearest[1]}."
-            )
-        return height // patch, width // patch
-
-    def _run(
-        self, pixel_values: Tensor, register_width: int | None, **call: Any
-    ) -> _Pass:
-        """Frame the images, run the tower, divide its tokens."""
-        grid = self._grid(pixel_values)
-        width = self.config.register_width if register_width is None else register_width
-        generator = None
-        if not self.training and self.config.register_fill in ("rand", "randn"):
-            generator = torch.Generator().manual_seed(self.config.register_seed)
-        framed = frame_pixels(
-            pixel_values,
-            width,
-            self.patch_size,
-            self.config.register_fill,
-            generator=generator,
-            patch=(
-                self.register_patch if self.config.register_fill == "learnable" else None
-            ),
-        )
-        output = self.tower(framed, **self.family.call_arguments(), **call)
-        sequence = output.last_hidden_state
-        prefix = self.family.prefix_tokens(self.config.vision_config)
-        expected = prefix + (grid[0] + 2 * width) * (grid[1] + 2 * width)
-        if sequence.shape[1] != expected:
-            raise ValueError(
-                f"The {self.family.model_type} tower gave {sequence.shape[1]} tokens where "
-                f"{expected} were expected: {prefix} before the patches and a grid of "
-                f"{grid[0] + 2 * width}x{grid[1] + 2 * width}."
-            )
-        tokens = sequence[:, prefix:]
-        if self.config.final_norm:
-            tokens = self._norm(tokens)
-        image, registers = split_frame(tokens, grid, width)
-        return _Pass(output, sequence, image, registers, grid, width, prefix)
-
-    def _norm(self, tokens: Tensor) -> Tensor:
-        return self.tower.get_submodule(self.family.norm)(tokens)
-
-    def _attention_arguments(
-        self, output_hidden_states: Any, output_attentions: bool | None
-    ) -> dict[str, Any]:
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        implementation = self.tower.config._attn_implementation
-        if output_attentions and implementation != "eager":
-            raise ValueError(
-                f"Attention maps are not computed by the {implementation!r} attention: load "
-                'the model with attn_implementation="eager".'
-            )
-        return {
-            "output_hidden_states": output_hidden_states,
-            "output_attentions": output_attentions,
-        }
-
-    def _crop_attention(self, run: _Pass, attention: Tensor | None) -> Tensor | None:
-        if attention is None:
-            return None
-        batch, heads, queries, keys = attention.shape
-        rows = run.crop(attention.flatten(0, 1))
-        both = run.crop(rows.transpose(1, 2)).transpose(1, 2)
-        return both.unflatten(0, (batch, heads))
-
-
-class UniRefinerModel(UniRefinerPreTrainedModel):
-    """A vision tower that reads its image inside a register frame (arXiv 2605.19622).
-
-    The frame takes part in the pass and its tokens are thrown away. The tower stays
-    reachable as `tower`.
-    """
+        super()._init_weights(module)
+        if module is self and self.register_patch is not None:
+            initialization.zeros_(self.register_patch)
 
     @classmethod
     def from_tower(
-        cls,
+        cls: type[Model],
         tower: PreTrainedModel | str,
         *,
         register_width: int = 1,
         register_fill: str = "zero",
         register_seed: int = 0,
         final_norm: bool = False,
-        **load: Any,
-    ) -> UniRefinerModel:
-        """Put a pre-trained tower into a frame.
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Model:
+        """Put a frame round an existing tower; its weights are kept and not copied.
 
         Args:
-            tower: a vision model, or the Hub id or folder to load one from.
-            load: arguments of `load_tower` where `tower` is a name.
+            tower: a vision tower or image-text model in memory (the vision half is
+                taken), or the Hub name or folder of one.
+            register_width: see `UniRefinerConfig`, as are the next three.
+            revision: branch, tag or commit on the Hub, for a name.
+            dtype: dtype of the weights; None keeps it.
+            attn_implementation: ``sdpa``, ``eager``, ...; None keeps it.
+            trust_remote_code: run code that the checkpoint brings along.
 
         Raises:
-            ValueError: the tower's family is not supported.
+            TypeError: `tower` is neither a model of transformers nor a name.
+            ValueError: an unsupported tower.
         """
         if isinstance(tower, str):
-            tower = load_tower(tower, **load)
-        elif load:
-            raise TypeError(f"{', '.join(load)}: only for a tower given by name.")
-        check_tower(tower)
+            tower = load_tower(
+                tower,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        elif not isinstance(tower, PreTrainedModel):
+            raise TypeError(
+                f"tower is a {type(tower).__name__}, not a transformers model or a "
+                "name. An adapter goes on afterwards: model.tower = "
+                "get_peft_model(model.tower, ...)."
+            )
+        else:
+            if tower.config.model_type in DUAL_ENCODERS:
+                tower = tower.vision_model
+            check_tower(tower)
+            if dtype is not None:
+                tower = tower.to(dtype)
+            if attn_implementation is not None:
+                tower.set_attn_implementation(attn_implementation)
         config = UniRefinerConfig(
             vision_config=tower.config,
             register_width=register_width,
             register_fill=register_fill,
             register_seed=register_seed,
             final_norm=final_norm,
+            dtype=tower.dtype,
+            attn_implementation=tower.config._attn_implementation,
         )
         with torch.device("meta"):
             model = cls(config)
         model.tower = tower
-        if register_fill == "learnable":
-            weight = next(tower.parameters())
-            shape = model.register_patch.shape
-            model.register_patch = nn.Parameter(torch.zeros(shape, device=weight.device))
+        model.config.vision_config = tower.config
+        if model.register_patch is not None:
+            pixels = torch.zeros(
+                model.register_patch.shape, dtype=tower.dtype, device=tower.device
+            )
+            model.register_patch = nn.Parameter(pixels)
         return model.train(tower.training)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return patch_size_of(self.config.vision_config)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token."""
+        return self.config.vision_config.hidden_size
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding of the tower."""
+        return self.tower.get_input_embeddings()
+
+    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        """The image in patches; refuses what the tower cannot take."""
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != 3:
+            raise ValueError(
+                f"pixel_values has shape {shape}; expected (batch, 3, height, width)."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values is {pixel_values.dtype}; expected normalised floating "
+                "point images, as the image processor of the tower gives them."
+            )
+        height, width = shape[2:]
+        patch = self.patch_size
+        if height % patch or width % patch or not height or not width:
+            raise ValueError(
+                f"image size {height} x {width} is not a multiple of the patch size "
+                f"{patch}: resize or crop it to one, for instance "
+                f"{max(1, height // patch) * patch} x {max(1, width // patch) * patch}."
+            )
+        return height // patch, width // patch
+
+    def _frame(self, pixel_values: Tensor, width: int) -> Tensor:
+        """The framed image; drawn fills are fixed in eval mode, fresh in training."""
+        generator = None
+        drawn = self.config.register_fill in ("randn", "rand")
+        if drawn and width > 0 and not self.training:
+            generator = torch.Generator().manual_seed(self.config.register_seed)
+        return frame_pixels(
+            pixel_values,
+            width,
+            self.patch_size,
+            self.config.register_fill,
+            generator=generator,
+            patch=self.register_patch,
+        )
+
+    def _run(
+        self,
+        pixel_values: Tensor,
+        register_width: int | None,
+        output_hidden_states: bool | int | list[int] | None = False,
+        output_attentions: bool | None = False,
+    ) -> _Pass:
+        """One pass of the framed image through the tower."""
+        grid = self._grid(pixel_values)
+        width = self.config.register_width if register_width is None else register_width
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        attention = self.config.vision_config._attn_implementation
+        if output_attentions and attention != "eager":
+            raise ValueError(
+                f"output_attentions=True, but attn_implementation={attention!r} never "
+                "forms the attention maps. Load the model with "
+                "attn_implementation='eager' or call "
+                "model.set_attn_implementation('eager')."
+            )
+        call: dict[str, Any] = {"return_dict": True}
+        if self.family.interpolate:
+            call["interpolate_pos_encoding"] = True
+        output = self.tower(
+            self._frame(pixel_values, width),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **call,
+        )
+        prefix = self.family.num_prefix_tokens(self.config.vision_config)
+        tokens = output.last_hidden_state.shape[1]
+        rows, columns = grid[0] + 2 * width, grid[1] + 2 * width
+        if tokens != prefix + rows * columns:
+            raise RuntimeError(
+                f"the tower returned {tokens} tokens for a framed grid of {rows} x "
+                f"{columns} patches and {prefix} prefix tokens; expected "
+                f"{prefix + rows * columns}."
+            )
+        return _Pass(output, grid, width, prefix)
+
+    def _split(self, passed: _Pass) -> tuple[Tensor, Tensor]:
+        """Image and register tokens, through the last layer norm if configured."""
+        image, registers = passed.split(passed.output.last_hidden_state)
+        if self.config.final_norm:
+            norm = self.tower.get_submodule(self.family.final_norm)
+            return norm(image), norm(registers)
+        return image, registers
+
+    def _pool(self, passed: _Pass) -> Tensor | None:
+        """The tower's pooled output, without the frame where it pools over tokens."""
+        pools = self.family.pools_over_patches(self.config.vision_config)
+        if pools and passed.width > 0:
+            assert self.family.pooling_head is not None
+            head = self.tower.get_submodule(self.family.pooling_head)
+            return head(passed.image(passed.output.last_hidden_state))
+        return passed.output.pooler_output
+
+
+class UniRefinerModel(UniRefinerPreTrainedModel):
+    """A vision tower that returns the tokens of the image inside a register frame.
+
+    With ``register_width=0`` and ``final_norm=False`` it returns the bare tower's patch
+    tokens, bit for bit.
+    """
 
     @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         register_width: int | None = None,
-        output_hidden_states: bool | Sequence[int] | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> UniRefinerOutput:
-        """Tokens of the images.
+        """Image tokens of a batch.
 
         Args:
-            pixel_values: ``(batch, 3, height, width)``, normalised; both sides multiples
-                of the patch size.
-            register_width: frame in patches; None takes the config's, 0 the bare tower.
+            pixel_values: ``(batch, 3, height, width)``, normalised; height and width
+                are multiples of the patch size, square or not.
+            register_width: frame in patches; None takes the config's, 0 puts none.
+            output_hidden_states: True, or the index (indices) of those wanted.
+            output_attentions: needs ``attn_implementation="eager"``.
 
         Raises:
-            ValueError: sizes off the patch grid, or attention maps asked of an attention
-                that does not compute them.
+            ValueError: a size off the patch grid, another shape or dtype than above, a
+                negative register width, or attentions without eager attention.
+            RuntimeError: the tower returned another number of tokens than its family
+                should.
         """
-        call = self._attention_arguments(output_hidden_states, output_attentions)
-        run = self._run(pixel_values, register_width, **call)
-        hidden_states, attentions = run.output.hidden_states, run.output.attentions
-        if hidden_states is not None:
-            hidden_states = tuple(
-                None if state is None else run.crop(state) for state in hidden_states
-            )
-        if attentions is not None:
-            attentions = tuple(self._crop_attention(run, maps) for maps in attentions)
+        passed = self._run(
+            pixel_values, register_width, output_hidden_states, output_attentions
+        )
+        image, _ = self._split(passed)
         return UniRefinerOutput(
-            last_hidden_state=run.image,
-            pooler_output=self._pool(run),
-            hidden_states=hidden_states,
-            attentions=attentions,
-            feature_map=run.image.transpose(1, 2).unflatten(2, run.grid),
+            last_hidden_state=image,
+            pooler_output=self._pool(passed),
+            hidden_states=passed.hidden_states(),
+            attentions=passed.attentions(),
+            feature_map=image.transpose(1, 2).unflatten(2, passed.grid),
         )
 
     def encode(
@@ -292,101 +390,90 @@ class UniRefinerModel(UniRefinerPreTrainedModel):
         register_width: int = 0,
         query_key_layers: Sequence[int] = (),
     ) -> TowerTokens:
-        """Image and register tokens, and queries and keys of the layers asked for.
+        """Image tokens, register tokens and attention projections of a batch.
 
-        Works with a PEFT model as tower. Gradients follow the caller's grad mode.
+        What training and diagnosis call. Gradients follow the caller's grad mode; with
+        reentrant activation checkpointing the projections carry none.
 
         Args:
-            pixel_values: ``(batch, 3, height, width)``.
+            pixel_values: as in `forward`.
             register_width: frame in patches.
-            query_key_layers: layer numbers from 0.
-        """
-        if not query_key_layers:
-            run = self._run(pixel_values, register_width)
-            return TowerTokens(run.image, run.registers, run.grid)
-        with record_queries_keys(self.tower, query_key_layers) as recorded:
-            run = self._run(pixel_values, register_width)
-        return TowerTokens(
-            image=run.image,
-            registers=run.registers,
-            grid=run.grid,
-            queries_keys={
-                layer: (run.crop(queries), run.crop(keys))
-                for layer, (queries, keys) in sorted(recorded.items())
-            },
-        )
+            query_key_layers: layers whose queries and keys are wanted, from 0.
 
-    def _pool(self, run: _Pass) -> Tensor | None:
-        if run.width and self.family.has_pooling_head(self.config.vision_config):
-            return self.tower.get_submodule(self.family.pooling_head)(run.image)
-        return run.output.pooler_output
+        Raises:
+            ValueError: as in `forward`, or a layer the tower does not have.
+        """
+        with record_queries_keys(self.tower, query_key_layers) as recorded:
+            passed = self._run(pixel_values, register_width)
+        image, registers = self._split(passed)
+        projections = {
+            layer: (passed.image(queries), passed.image(keys))
+            for layer, (queries, keys) in recorded.items()
+        }
+        return TowerTokens(image, registers, passed.grid, projections)
 
 
 class UniRefinerBackbone(BackboneMixin, UniRefinerPreTrainedModel):
-    """Feature maps of the refined tower for segmentation and depth heads.
+    """Feature maps of a framed tower for dense heads; same checkpoint as the model.
 
-    The last stage is `UniRefinerModel`'s `last_hidden_state`. Where transformers'
-    `AutoBackbone.from_pretrained` does not take a local folder, this class's own
-    `from_pretrained` does.
+    The last stage equals `UniRefinerModel`'s ``feature_map`` with
+    ``apply_layernorm=True``. UperNet and Mask2Former take the maps; DPT takes
+    ``reshape_hidden_states=False``: ``(batch, 1 + h * w, hidden)`` with a readout token
+    first, the tower's CLS token or, in towers without one, the mean image token.
+
+    Load with ``UniRefinerBackbone.from_pretrained(folder_or_name)``.
+    ``AutoBackbone.from_pretrained`` works for names on the Hub; transformers 5.23 asks
+    the Hub for folders too and fails. ``AutoBackbone.from_config`` works.
     """
 
     def __init__(self, config: UniRefinerConfig) -> None:
         super().__init__(config)
-        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: Tensor,
         register_width: int | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> BackboneOutput:
-        """Feature maps of the stages in `out_features`.
+        """Feature maps of the stages in ``out_features``.
 
-        Returns:
-            Maps ``(batch, hidden, height/p, width/p)``, or with `reshape_hidden_states`
-            off ``(batch, 1 + patches, hidden)`` with the class token first (the mean of
-            the patch tokens for a tower without one).
+        Args:
+            pixel_values: as in `UniRefinerModel.forward`, as are the others.
+
+        Raises:
+            ValueError: as in `UniRefinerModel.forward`.
         """
-        call = self._attention_arguments(output_hidden_states, output_attentions)
-        run = self._run(
-            pixel_values,
-            register_width,
-            output_hidden_states=True,
-            output_attentions=call["output_attentions"],
+        passed = self._run(
+            pixel_values, register_width, output_hidden_states, output_attentions
         )
-        states = run.output.hidden_states
-        maps = []
-        for stage, state in zip(self.stage_names, states, strict=True):
-            if stage not in self.out_features:
-                continue
-            if stage == self.stage_names[-1]:
-                image, state = run.image, run.sequence
-            else:
-                if self._norm_stages:
-                    state = self._norm(state)
-                image = run.crop(state)
-            if self.config.reshape_hidden_states:
-                maps.append(image.transpose(1, 2).unflatten(2, run.grid).contiguous())
-            else:
-                first = image.mean(dim=1, keepdim=True) if not run.prefix else state[:, :1]
-                maps.append(torch.cat((first, image), dim=1))
-        hidden_states = tuple(run.crop(s) for s in states) if output_hidden_states else None
-        attentions = run.output.attentions
-        if attentions is not None:
-            attentions = tuple(self._crop_attention(run, maps_) for maps_ in attentions)
+        states = passed.output.hidden_states
+        maps = tuple(
+            self._map(passed, state, last=index == len(states) - 1)
+            for index, (stage, state) in enumerate(zip(self.stage_names, states))
+            if stage in self.out_features
+        )
         return BackboneOutput(
-            feature_maps=tuple(maps), hidden_states=hidden_states, attentions=attentions
+            feature_maps=maps,
+            hidden_states=passed.hidden_states(),
+            attentions=passed.attentions(),
         )
 
-    @property
-    def _norm_stages(self) -> bool:
+    def _map(self, passed: _Pass, state: Tensor, last: bool) -> Tensor:
+        """One stage: the full token sequence of a layer -> its feature map."""
         normed = self.family.norm_in_output or self.config.final_norm
-        return normed and self.config.apply_layernorm
+        if self.config.apply_layernorm and last and self.family.norm_in_output:
+            state = passed.output.last_hidden_state
+        elif self.config.apply_layernorm and normed:
+            state = self.tower.get_submodule(self.family.final_norm)(state)
+        image = passed.image(state)
+        if self.config.reshape_hidden_states:
+            return image.transpose(1, 2).unflatten(2, passed.grid)
+        readout = state[:, :1] if passed.prefix else image.mean(dim=1, keepdim=True)
+        return torch.cat([readout, image], dim=1)
 
 
-UniRefinerConfig.register_for_auto_class()
-UniRefinerModel.register_for_auto_class("AutoModel")
-
-__all__ = ["UniRefinerBackbone", "UniRefinerModel", "UniRefinerOutput", "TowerTokens"]
+__all__ = ["UniRefinerBackbone", "UniRefinerModel", "UniRefinerPreTrainedModel"]

@@ -1,9 +1,15 @@
-"""The register frame: put round the image's pixels, taken off its tokens."""
+"""Register regions: a frame of patches round the image, and taking it off again.
+
+UniRefiner (arXiv 2605.19622): a frame of R patches turns a grid of ``h x w`` patches
+into ``(h + 2R) x (w + 2R)``. Tokens of the frame are the registers; no parameter is
+added. Everything here counts in raster order: row by row, left to right.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FILLS = ("zero", "randn", "rand", "learnable")
 
@@ -17,78 +23,105 @@ def frame_pixels(
     generator: torch.Generator | None = None,
     patch: Tensor | None = None,
 ) -> Tensor:
-    """Put a frame of register patches round normalised images (paper, register regions).
+    """Put a frame of `width` patches round every image of a batch.
 
     Args:
-        pixel_values: ``(batch, 3, height, width)``.
-        width: frame in patches; 0 returns the images themselves.
-        patch_size: pixels a patch.
-        fill: ``"zero"``, ``"randn"`` (standard normal), ``"rand"`` (uniform in [0, 1)) or
-            ``"learnable"`` (`patch` repeated over the frame).
-        generator: source of the random fills, on the CPU; None takes the global one.
-            One frame is drawn for the whole batch.
-        patch: ``(3, patch_size, patch_size)`` for ``"learnable"``.
+        pixel_values: ``(batch, 3, height, width)``, pixels, normalised.
+        width: width of the frame in patches; 0 returns `pixel_values` itself.
+        patch_size: side of a patch in pixels.
+        fill: ``zero``; ``randn``, N(0, 1); ``rand``, uniform in [0, 1);
+            ``learnable``, `patch` tiled. In normalised space.
+        generator: CPU generator for ``randn`` and ``rand``. One float32 frame is drawn
+            on the CPU and shared by the batch, so it depends on the generator and the
+            image size only. None draws a frame per image from the global generator
+            of the device.
+        patch: ``(3, patch_size, patch_size)``, for ``learnable``.
 
     Returns:
-        ``(batch, 3, height + 2 * width * patch_size, ...)``.
+        ``(batch, 3, height + 2 * width * patch_size, width + 2 * width * patch_size)``
+        in the dtype and on the device of `pixel_values`.
 
     Raises:
-        ValueError: the fill is unknown, the width negative, or the patch missing.
+        ValueError: a negative width, an unknown fill, or ``learnable`` without patch.
     """
-    if fill not in FILLS:
-        raise ValueError(f"Unknown register fill {fill!r}: use one of {', '.join(FILLS)}.")
     if width < 0:
         raise ValueError(f"register_width is {width}; it must be 0 or more patches.")
+    if fill not in FILLS:
+        raise ValueError(
+            f"register_fill is {fill!r}; choose one of {', '.join(FILLS)}."
+        )
     if width == 0:
         return pixel_values
-    batch, channels, rows, columns = pixel_values.shape
-    border = width * patch_size
-    rows, columns = rows + 2 * border, columns + 2 * border
+    margin = width * patch_size
+    framed = functional.pad(pixel_values, (margin, margin, margin, margin))
     if fill == "zero":
-        frame = pixel_values.new_zeros(1, channels, rows, columns)
-    elif fill == "learnable":
+        return framed
+    batch, channels, rows, columns = framed.shape
+    if fill == "learnable":
         if patch is None:
-            raise ValueError("The learnable frame needs its patch.")
-        frame = patch.to(pixel_values).repeat(1, rows // patch_size, columns // patch_size)
-        frame = frame.unsqueeze(0)
+            raise ValueError("register_fill 'learnable' needs a patch to tile.")
+        filling = patch.repeat(1, rows // patch_size, columns // patch_size)
     else:
         draw = torch.randn if fill == "randn" else torch.rand
-        frame = draw(1, channels, rows, columns, generator=generator).to(pixel_values)
-    framed = frame.expand(batch, -1, -1, -1).clone()
-    framed[..., border : rows - border, border : columns - border] = pixel_values
-    return framed
+        if generator is None:
+            filling = draw(
+                batch, channels, rows, columns, dtype=framed.dtype, device=framed.device
+            )
+        else:
+            filling = draw(channels, rows, columns, generator=generator)
+    outside = torch.ones(rows, columns, dtype=torch.bool, device=framed.device)
+    outside[margin:-margin, margin:-margin] = False
+    return torch.where(outside, filling.to(framed), framed)
 
 
 def register_mask(grid: tuple[int, int], width: int) -> Tensor:
-    """Which tokens of the framed grid are registers.
+    """Which tokens of a framed grid are registers.
 
     Args:
-        grid: rows and columns of the image, in patches.
-        width: frame in patches.
+        grid: ``(h, w)``, the image in patches, without the frame.
+        width: width of the frame in patches.
 
     Returns:
-        ``((rows + 2 * width) * (columns + 2 * width),)`` bool in raster order.
+        ``((h + 2 * width) * (w + 2 * width),)`` bool in raster order, True = register.
+
+    Raises:
+        ValueError: a negative width.
     """
+    if width < 0:
+        raise ValueError(f"register_width is {width}; it must be 0 or more patches.")
     rows, columns = grid
     mask = torch.ones(rows + 2 * width, columns + 2 * width, dtype=torch.bool)
     mask[width : width + rows, width : width + columns] = False
     return mask.flatten()
 
 
-def split_frame(tokens: Tensor, grid: tuple[int, int], width: int) -> tuple[Tensor, Tensor]:
-    """Divide the tokens of a framed image into image and register tokens.
+def split_frame(
+    tokens: Tensor, grid: tuple[int, int], width: int
+) -> tuple[Tensor, Tensor]:
+    """Part image tokens from register tokens.
 
     Args:
-        tokens: ``(batch, framed patches, channels)`` in raster order.
-        grid: rows and columns of the image, in patches.
-        width: frame in patches.
+        tokens: ``(batch, (h + 2 * width) * (w + 2 * width), channels)``.
+        grid: ``(h, w)``, the image in patches, without the frame.
+        width: width of the frame in patches.
 
     Returns:
-        ``(batch, rows * columns, channels)`` and ``(batch, registers, channels)``, both
-        in raster order.
+        Image tokens ``(batch, h * w, channels)`` and register tokens
+        ``(batch, registers, channels)``, both in raster order.
+
+    Raises:
+        ValueError: the number of tokens is not that of the framed grid.
     """
-    rows, columns = grid
-    framed = tokens.unflatten(1, (rows + 2 * width, columns + 2 * width))
-    image = framed[:, width : width + rows, width : width + columns].flatten(1, 2)
-    registers = register_mask(grid, width).nonzero().flatten().to(tokens.device)
-    return image, tokens.index_select(1, registers)
+    h, w = grid
+    rows, columns = h + 2 * width, w + 2 * width
+    if tokens.shape[1] != rows * columns:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens do not make a grid of {h} x {w} patches with a "
+            f"frame of {width}: that has {rows} x {columns} = {rows * columns} tokens."
+        )
+    cells = tokens.unflatten(1, (rows, columns))
+    middle = cells[:, width : width + h]
+    image = middle[:, :, width : width + w]
+    sides = torch.cat([middle[:, :, :width], middle[:, :, width + w :]], dim=2)
+    frame = [cells[:, :width], sides, cells[:, width + h :]]
+    return image.flatten(1, 2), torch.cat([part.flatten(1, 2) for part in frame], dim=1)

@@ -1,137 +1,156 @@
-"""The table of vision towers: how each family is called and where its parts lie."""
+"""The vision families: one table that says how each tower is called and read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+QueriesKeys = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """What a family of vision towers needs to be known.
+    """How one vision family is called and where its parts are.
 
     Attributes:
-        model_type: `model_type` of the tower's config.
         layers: path of the list of transformer layers.
         query: path of the query projection inside a layer.
         key: path of the key projection inside a layer.
-        norm: path of the last layer norm.
-        norm_in_output: whether `last_hidden_state` went through that norm.
-        class_tokens: tokens before the patch tokens, without register tokens.
-        register_field: config field that counts the tower's own register tokens.
-        interpolate: whether the call takes ``interpolate_pos_encoding=True``.
-        pooling_head: path of a head that pools over all tokens; None where the pooled
-            output is that of the class token.
-        pooling_switch: config field that says whether the head is there.
-        parent: `model_type` of the dual encoder this tower is the image side of.
+        prefix_tokens: tokens in front of the patch tokens, always there.
+        prefix_field: config field that counts further prefix tokens.
+        interpolate: the tower takes ``interpolate_pos_encoding=True`` (and needs it
+            for every grid but its own); False: it resizes its positions unasked.
+        final_norm: path of the tower's last layer norm.
+        norm_in_output: ``last_hidden_state`` went through `final_norm`.
+        pooling_head: path of a head that attends over all patch tokens, so that the
+            pooled output has to be taken again without the frame. None: the pooled
+            output is read from a prefix token, as the tower returns it.
+        pooling_head_field: config field that says whether the tower has that head.
+        dual_encoder: ``model_type`` of image-text checkpoints that hold this tower.
+        dual_encoder_rest: first parts of the weight names in such a checkpoint that
+            belong to its other half.
     """
 
-    model_type: str
     layers: str
     query: str
     key: str
-    norm: str
+    prefix_tokens: int
+    final_norm: str
     norm_in_output: bool
-    class_tokens: int = 1
-    register_field: str | None = None
     interpolate: bool = False
+    prefix_field: str | None = None
     pooling_head: str | None = None
-    pooling_switch: str | None = None
-    parent: str | None = None
+    pooling_head_field: str | None = None
+    dual_encoder: str | None = None
+    dual_encoder_rest: tuple[str, ...] = ()
 
-    def prefix_tokens(self, config: PreTrainedConfig) -> int:
-        """Tokens before the patch tokens."""
-        registers = 0
-        if self.register_field is not None:
-            registers = getattr(config, self.register_field)
-        return self.class_tokens + registers
+    def num_prefix_tokens(self, config: PreTrainedConfig) -> int:
+        """Tokens in front of the patch tokens of a tower with this config."""
+        if self.prefix_field is None:
+            return self.prefix_tokens
+        return self.prefix_tokens + getattr(config, self.prefix_field)
 
-    def call_arguments(self) -> dict[str, Any]:
-        """Arguments the tower's forward needs beside the pixels."""
-        return {"interpolate_pos_encoding": True} if self.interpolate else {}
-
-    def has_pooling_head(self, config: PreTrainedConfig) -> bool:
-        """Whether the pooled output has to be taken again without the frame."""
+    def pools_over_patches(self, config: PreTrainedConfig) -> bool:
+        """Whether a tower with this config has the head at `pooling_head`."""
         if self.pooling_head is None:
             return False
-        return self.pooling_switch is None or getattr(config, self.pooling_switch)
+        return self.pooling_head_field is None or getattr(
+            config, self.pooling_head_field
+        )
 
 
 FAMILIES: dict[str, TowerFamily] = {
-    family.model_type: family
-    for family in (
-        TowerFamily(
-            model_type="dinov2",
-            layers="encoder.layer",
-            query="attention.q_proj",
-            key="attention.k_proj",
-            norm="layernorm",
-            norm_in_output=True,
+    "dinov2": TowerFamily(
+        layers="encoder.layer",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=1,
+        final_norm="layernorm",
+        norm_in_output=True,
+    ),
+    "dinov2_with_registers": TowerFamily(
+        layers="encoder.layer",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=1,
+        prefix_field="num_register_tokens",
+        final_norm="layernorm",
+        norm_in_output=True,
+    ),
+    "clip_vision_model": TowerFamily(
+        layers="encoder.layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        prefix_tokens=1,
+        final_norm="post_layernorm",
+        norm_in_output=False,
+        interpolate=True,
+        dual_encoder="clip",
+        dual_encoder_rest=(
+            "text_model",
+            "text_projection",
+            "visual_projection",
+            "logit_scale",
         ),
-        TowerFamily(
-            model_type="dinov2_with_registers",
-            layers="encoder.layer",
-            query="attention.q_proj",
-            key="attention.k_proj",
-            norm="layernorm",
-            norm_in_output=True,
-            register_field="num_register_tokens",
-        ),
-        TowerFamily(
-            model_type="clip_vision_model",
-            layers="encoder.layers",
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            norm="post_layernorm",
-            norm_in_output=False,
-            interpolate=True,
-            parent="clip",
-        ),
-        TowerFamily(
-            model_type="siglip_vision_model",
-            layers="encoder.layers",
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            norm="post_layernorm",
-            norm_in_output=True,
-            class_tokens=0,
-            interpolate=True,
-            pooling_head="head",
-            pooling_switch="vision_use_head",
-            parent="siglip",
-        ),
-    )
+    ),
+    "siglip_vision_model": TowerFamily(
+        layers="encoder.layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        prefix_tokens=0,
+        final_norm="post_layernorm",
+        norm_in_output=True,
+        interpolate=True,
+        pooling_head="head",
+        pooling_head_field="vision_use_head",
+        dual_encoder="siglip",
+        dual_encoder_rest=("text_model", "logit_scale", "logit_bias"),
+    ),
 }
+"""Model type of the vision config -> family."""
+
+DUAL_ENCODERS: dict[str, str] = {
+    family.dual_encoder: model_type
+    for model_type, family in FAMILIES.items()
+    if family.dual_encoder is not None
+}
+"""Model type of an image-text config -> model type of its vision config."""
 
 
 def family_of(config: PreTrainedConfig) -> TowerFamily:
-    """The family of a tower's config.
+    """The family of a vision config, or of the vision half of an image-text config.
 
     Raises:
-        ValueError: the family is not in the table.
+        ValueError: the model type is not in the table; names it and the table.
     """
-    if config.model_type not in FAMILIES:
+    model_type = DUAL_ENCODERS.get(config.model_type, config.model_type)
+    if model_type not in FAMILIES:
+        supported = ", ".join(sorted([*FAMILIES, *DUAL_ENCODERS]))
         raise ValueError(
-            f"Towers of type {config.model_type!r} are not supported. Supported are: "
-            f"{', '.join(sorted(FAMILIES))}, and the image side of "
-            f"{', '.join(sorted(f.parent for f in FAMILIES.values() if f.parent))} "
-            "checkpoints."
+            f"model_type {config.model_type!r} is not a supported vision tower. "
+            f"Supported: {supported}."
         )
-    return FAMILIES[config.model_type]
+    return FAMILIES[model_type]
 
 
-def tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision tower's config of a checkpoint, be it a tower or a dual encoder."""
-    if config.model_type in {family.parent for family in FAMILIES.values()}:
-        return config.vision_config
-    family_of(config)
-    return config
+def patch_size_of(config: PreTrainedConfig) -> int:
+    """Side of a patch in pixels.
+
+    Raises:
+        ValueError: patches that are not square.
+    """
+    size = config.patch_size
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise ValueError(f"patch_size is {size}; only square patches are supported.")
+    return size[0]
 
 
 def load_tower(
@@ -142,104 +161,149 @@ def load_tower(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a pre-trained vision tower; of a dual encoder, its image side.
+    """Load a vision tower; an image-text checkpoint gives its vision half.
 
     Args:
-        name_or_path: Hub id or folder.
-        dtype: of the weights; None keeps the checkpoint's.
+        name_or_path: Hub name or folder of a checkpoint.
+        revision: branch, tag or commit on the Hub.
+        dtype: dtype of the weights; None keeps that of the checkpoint.
+        attn_implementation: ``sdpa``, ``eager``, ...; None leaves it to transformers.
+        trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
-        ValueError: the family is not supported, or weights of the tower are missing.
+        ValueError: an unsupported family, or weights that are missing from the
+            checkpoint, have another shape, or belong to no known part.
     """
     config = AutoConfig.from_pretrained(
         name_or_path, revision=revision, trust_remote_code=trust_remote_code
     )
-    tower, loading = AutoModel.from_pretrained(
-        name_or_path,
-        config=tower_config(config),
-        revision=revision,
-        dtype="auto" if dtype is None else dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
+    family = family_of(config)
+    dual = config.model_type in DUAL_ENCODERS
+    verbosity = logging.get_verbosity()
+    if dual:
+        # The other half is left out on purpose; the check below replaces the report.
+        logging.set_verbosity_error()
+    try:
+        tower, report = AutoModel.from_pretrained(
+            name_or_path,
+            config=config.vision_config if dual else config,
+            revision=revision,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    expected = family.dual_encoder_rest if dual else ()
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape": sorted(str(key) for key in report["mismatched_keys"]),
+        "unknown": sorted(
+            key
+            for key in report["unexpected_keys"]
+            if key.split(".")[0] not in expected
+        ),
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{len(keys)} {what} ({', '.join(keys[:3])})"
+            for what, keys in problems.items()
+            if keys
+        )
         raise ValueError(
-            f"{name_or_path} lacks {len(missing)} weights of its tower, the first is "
-            f"{missing[0]}."
+            f"{name_or_path} does not fit {type(tower).__name__}: {listed}. "
+            "Use the checkpoint of a vision tower as it was published."
         )
     check_tower(tower)
     return tower
 
 
-def check_tower(tower: nn.Module) -> TowerFamily:
-    """Check the table against a live tower, without running it.
+def check_tower(tower: nn.Module) -> None:
+    """Probe that a live tower is built as its family's table entry says.
 
     Raises:
-        ValueError: a part is not where the table says, or the layers are not as many
-            as the config says.
+        ValueError: a part is not where the table says; names what was looked for.
     """
-    family = family_of(tower.config)
-
-    def part(path: str) -> nn.Module:
-        try:
-            return tower.get_submodule(path)
-        except AttributeError:
-            raise ValueError(
-                f"{type(tower).__name__} has no {path}, where the table of towers expects "
-                "it: this version of transformers lays the tower out differently. Use "
-                "transformers 5.20 or newer, or report it."
-            ) from None
-
-    layers = part(family.layers)
-    expected = tower.config.num_hidden_layers
-    if len(layers) != expected:
+    config = tower.config
+    family = family_of(config)
+    patch_size_of(config)
+    layers = _part(tower, family.layers)
+    if len(layers) != config.num_hidden_layers:
         raise ValueError(
-            f"{type(tower).__name__} has {len(layers)} layers, its config says {expected}."
+            f"{type(tower).__name__} has {len(layers)} layers at {family.layers!r}, "
+            f"its config says num_hidden_layers={config.num_hidden_layers}."
         )
-    for path in (family.query, family.key):
-        part(f"{family.layers}.0.{path}")
-    part(family.norm)
-    if family.has_pooling_head(tower.config):
-        part(family.pooling_head)
-    return family
+    for layer in layers:
+        _part(layer, family.query)
+        _part(layer, family.key)
+    _part(tower, family.final_norm)
+    if family.pooling_head is not None and family.pools_over_patches(config):
+        _part(tower, family.pooling_head)
 
 
 @contextmanager
 def record_queries_keys(
     tower: nn.Module, layers: Sequence[int]
-) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Record the query and key projections of some layers while the context lasts.
+) -> Iterator[QueriesKeys]:
+    """Record the query and key projections of the forward passes made inside.
 
     Args:
-        tower: the tower, or a PEFT model around it.
-        layers: layer numbers from 0.
+        tower: a tower of a supported family; it may be wrapped by an adapter that
+            forwards attributes.
+        layers: layers to record, counted from 0.
 
     Yields:
-        A dict filled by each forward: layer -> queries and keys, each
-        ``(batch, prefix + patches, heads * head_size)``.
+        A dict, filled by each forward pass: layer -> (queries, keys), each
+        ``(batch, prefix + patches, channels)``, all heads side by side, as projected
+        (before a rotary embedding, where the tower has one). The hooks are gone on
+        exit.
+
+    Raises:
+        ValueError: a layer the tower does not have.
     """
     family = family_of(tower.config)
-    recorded: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
-    pairs: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def recorder(layer: int, name: str) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            recorded[layer][name] = output
-            if len(recorded[layer]) == 2:
-                pairs[layer] = recorded[layer]["query"], recorded[layer]["key"]
-
-        return record
-
+    blocks = _part(tower, family.layers)
+    wrong = [layer for layer in layers if not 0 <= layer < len(blocks)]
+    if wrong:
+        raise ValueError(
+            f"no layer {wrong[0]} in a tower of {len(blocks)} layers "
+            f"(0 to {len(blocks) - 1})."
+        )
+    queries: dict[int, Tensor] = {}
+    recorded: QueriesKeys = {}
     handles = []
+
+    def keep_query(layer: int):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            queries[layer] = output
+
+        return hook
+
+    def keep_key(layer: int):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            recorded[layer] = (queries.pop(layer), output)
+
+        return hook
+
     try:
         for layer in layers:
-            block = tower.get_submodule(f"{family.layers}.{layer}")
-            for name, path in (("query", family.query), ("key", family.key)):
-                module = block.get_submodule(path)
-                handles.append(module.register_forward_hook(recorder(layer, name)))
-        yield pairs
+            query = _part(blocks[layer], family.query)
+            key = _part(blocks[layer], family.key)
+            handles.append(query.register_forward_hook(keep_query(layer)))
+            handles.append(key.register_forward_hook(keep_key(layer)))
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _part(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`, or a ValueError that says what was looked for."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(module).__name__} has no module {path!r}, which the table of "
+            f"families expects ({error})."
+        ) from error
