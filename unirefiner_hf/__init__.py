@@ -1,48 +1,46 @@
-"""Refine the dense features of pre-trained Vision Transformers.
+"""UniRefiner for transformers: clean dense features from vision towers.
 
-Importing the package registers its model with `AutoConfig`, `AutoModel` and
-`AutoBackbone`.
+Importing the package is cheap; names load on first use, and the Auto classes of
+transformers know ``unirefiner`` checkpoints as soon as both are imported.
 """
 
-import sys
-from importlib import import_module
-from pathlib import Path
+from __future__ import annotations
+
+import importlib
 from typing import TYPE_CHECKING, Any
+
+from .auto_registration import register
+
+if TYPE_CHECKING:
+    from .modeling.configuration_unirefiner import UniRefinerConfig
+    from .modeling.modeling_unirefiner import UniRefinerBackbone, UniRefinerModel
+    from .modeling.remote_code import save_remote_code
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "UniRefinerBackbone": "modeling",
-    "UniRefinerConfig": "modeling",
-    "UniRefinerModel": "modeling",
-    "UniRefinerOutput": "modeling",
-    "UniRefinerObjective": "refinement.objective",
-    "UniRefinerSettings": "refinement.settings",
-    "diagnose": "spurious.diagnose",
+_HOMES = {
+    "UniRefinerConfig": ".modeling.configuration_unirefiner",
+    "UniRefinerModel": ".modeling.modeling_unirefiner",
+    "UniRefinerBackbone": ".modeling.modeling_unirefiner",
+    "save_remote_code": ".modeling.remote_code",
 }
-__all__ = sorted(_PUBLIC)
 
-# The command line answers --help without loading torch; its verbs import what they need.
-if Path(sys.argv[0] if sys.argv else "").stem != "unirefiner":
-    import_module(".modeling", __name__)
-
-if TYPE_CHECKING:
-    from .modeling import (
-        UniRefinerBackbone,
-        UniRefinerConfig,
-        UniRefinerModel,
-        UniRefinerOutput,
-    )
-    from .refinement.objective import UniRefinerObjective
-    from .refinement.settings import UniRefinerSettings
-    from .spurious.diagnose import diagnose
+__all__ = [
+    "UniRefinerBackbone",
+    "UniRefinerConfig",
+    "UniRefinerModel",
+    "save_remote_code",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+register()

@@ -123,6 +123,12 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         size = self.vision_config.image_size
         return size if isinstance(size, int) else size[0]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a dict, without the place the tower was loaded from (a local path)."""
+        output = super().to_dict()
+        output["vision_config"].pop("_name_or_path", None)
+        return output
+
     def _check_settings(self) -> None:
         if self.register_width < 0:
             raise ValueError(
@@ -150,9 +156,8 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         own = {name for name in own if not name.startswith("_")}
         own |= {"out_features", "out_indices"}
         for name in kwargs:
-            if name.startswith("_") or name in _STANDARD_KEYS:
-                continue
-            if hasattr(PreTrainedConfig, name) or name in _generation_keys():
+            standard = name in _STANDARD_KEYS or hasattr(PreTrainedConfig, name)
+            if standard or name.startswith("_"):
                 continue
             nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
             if nearest:
@@ -168,11 +173,6 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             logger.warning("UniRefinerConfig keeps the unknown field %r.", name)
 
 
-def _generation_keys() -> set[str]:
-    """Text-generation settings that old config files carry; transformers drops them."""
-    from transformers import GenerationConfig
-
-    return set(GenerationConfig().to_dict())
-
-
 __all__ = ["UniRefinerConfig"]
+
+UniRefinerConfig.register_for_auto_class()

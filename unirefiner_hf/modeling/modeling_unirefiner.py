@@ -133,7 +133,6 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # A place of its own keeps `register_patch` from being offloaded with a layer.
     register_patch: nn.Parameter | None
 
     def __init__(self, config: UniRefinerConfig) -> None:
@@ -477,3 +476,7 @@ class UniRefinerBackbone(BackboneMixin, UniRefinerPreTrainedModel):
 
 
 __all__ = ["UniRefinerBackbone", "UniRefinerModel", "UniRefinerPreTrainedModel"]
+
+# Saving a model saves the files of this folder's flat modules beside the weights.
+UniRefinerModel.register_for_auto_class("AutoModel")
+UniRefinerBackbone.register_for_auto_class("AutoBackbone")

@@ -1,0 +1,165 @@
+"""The table of families, loading and probing."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, ResNetConfig, SiglipConfig, SiglipModel
+
+from tests.conftest import FAMILIES as TINY
+from tests.conftest import make_tiny_tower
+from unirefiner_hf.modeling import towers
+from unirefiner_hf.modeling.towers import (
+    FAMILIES,
+    check_tower,
+    family_of,
+    load_tower,
+    patch_size_of,
+    record_queries_keys,
+)
+
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 50,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+    "image_size": 16,
+}
+DUAL = {
+    "clip": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION)),
+    "siglip": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
+}
+
+
+def test_every_family_has_a_tiny_tower():
+    assert set(TINY) == set(FAMILIES)
+
+
+def test_tiny_towers_pass_the_probe(family):
+    check_tower(make_tiny_tower(family))
+
+
+@pytest.mark.parametrize("kind", DUAL)
+def test_dual_encoder_gives_its_vision_half(kind, tmp_path, caplog):
+    model = DUAL[kind]()
+    model.save_pretrained(tmp_path)
+    tower = load_tower(str(tmp_path))
+    assert tower.config.model_type == f"{kind}_vision_model"
+    assert not tower.training
+    expected = model.vision_model.state_dict()
+    loaded = tower.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert family_of(model.config) is family_of(tower.config)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_vision_checkpoint_round_trip(family, dtype, tmp_path):
+    tower = make_tiny_tower(family)
+    tower.save_pretrained(tmp_path)
+    loaded = load_tower(str(tmp_path), dtype=dtype, attn_implementation="eager")
+    assert loaded.dtype == (dtype or torch.float32)
+    assert loaded.config._attn_implementation == "eager"
+    weights = loaded.state_dict()
+    for name, weight in tower.state_dict().items():
+        assert torch.equal(weights[name], weight.to(loaded.dtype))
+
+
+def test_missing_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_tiny_tower("dinov2").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layernorm.weight"]
+    weights["head.weight"] = torch.zeros(1)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="layernorm.weight.*head.weight"):
+        load_tower(str(tmp_path))
+
+
+def test_unsupported_tower_names_itself_and_the_list():
+    with pytest.raises(ValueError, match="'resnet'.*clip.*dinov2.*siglip"):
+        family_of(ResNetConfig())
+
+
+def test_probe_names_what_it_looked_for(family):
+    tower = make_tiny_tower(family)
+    entry = family_of(tower.config)
+    layer = tower.get_submodule(entry.layers)[1]
+    owner, _, name = entry.key.rpartition(".")
+    delattr(layer.get_submodule(owner), name)
+    with pytest.raises(ValueError, match=entry.key):
+        check_tower(tower)
+
+
+def test_probe_counts_layers_and_finds_norm_and_head(family):
+    entry = family_of(make_tiny_tower(family).config)
+    short = make_tiny_tower(family)
+    del short.get_submodule(entry.layers)[1]
+    with pytest.raises(ValueError, match="1 layers.*num_hidden_layers=2"):
+        check_tower(short)
+    bare = make_tiny_tower(family)
+    delattr(bare, entry.final_norm)
+    with pytest.raises(ValueError, match=entry.final_norm):
+        check_tower(bare)
+    if entry.pooling_head is not None:
+        headless = make_tiny_tower(family)
+        delattr(headless, entry.pooling_head)
+        with pytest.raises(ValueError, match=entry.pooling_head):
+            check_tower(headless)
+
+
+def test_oblong_patches_are_refused():
+    config = make_tiny_tower("dinov2").config
+    config.patch_size = [4, 4]
+    assert patch_size_of(config) == 4
+    config.patch_size = [4, 8]
+    with pytest.raises(ValueError, match="4, 8"):
+        patch_size_of(config)
+
+
+def test_recorded_projections_are_those_of_the_layer(family):
+    tower = make_tiny_tower(family, layers=3)
+    entry = family_of(tower.config)
+    seen = {}
+    block = tower.get_submodule(entry.layers)[1]
+    query: nn.Linear = block.get_submodule(entry.query)
+    key: nn.Linear = block.get_submodule(entry.key)
+    query.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0]))
+    with record_queries_keys(tower, (2, 1)) as recorded, torch.no_grad():
+        tower(torch.randn(2, 3, 16, 16))
+        queries, keys = recorded[1]
+        assert set(recorded) == {1, 2}
+        assert queries.shape == (2, entry.num_prefix_tokens(tower.config) + 16, 32)
+        assert torch.equal(queries, query(seen["inputs"]))
+        assert torch.equal(keys, key(seen["inputs"]))
+        assert not torch.equal(queries, keys)
+
+
+def test_hooks_are_gone_on_exit_even_after_an_error():
+    tower = make_tiny_tower("dinov2")
+    with pytest.raises(KeyError), record_queries_keys(tower, (0,)):
+        raise KeyError("stop")
+    with pytest.raises(ValueError, match="no layer 2 in a tower of 2 layers"):
+        with record_queries_keys(tower, (0, 2)):
+            pass
+    assert not any(module._forward_hooks for module in tower.modules())
+
+
+def test_table_is_plain_data():
+    for entry in FAMILIES.values():
+        for value in dataclasses.astuple(entry):
+            assert value is None or isinstance(value, (str, int, bool, tuple))
+    assert set(towers.DUAL_ENCODERS) == {"clip", "siglip"}

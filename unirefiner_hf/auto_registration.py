@@ -1,0 +1,88 @@
+"""Make transformers' Auto classes know the register model, without loading them.
+
+Importing transformers' Auto classes costs seconds, so registration waits for whoever
+imports them: at once if they are loaded, else right after they load.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
+MODELING_AUTO = "transformers.models.auto.modeling_auto"
+
+
+def register_config() -> None:
+    """Register `UniRefinerConfig` with `AutoConfig`."""
+    from transformers import AutoConfig
+
+    from .modeling.configuration_unirefiner import UniRefinerConfig
+
+    AutoConfig.register(UniRefinerConfig.model_type, UniRefinerConfig, exist_ok=True)
+
+
+def register_models() -> None:
+    """Register the model with `AutoModel` and the backbone with `AutoBackbone`."""
+    from transformers import AutoBackbone, AutoModel
+
+    from .modeling.configuration_unirefiner import UniRefinerConfig
+    from .modeling.modeling_unirefiner import UniRefinerBackbone, UniRefinerModel
+
+    AutoModel.register(UniRefinerConfig, UniRefinerModel, exist_ok=True)
+    AutoBackbone.register(UniRefinerConfig, UniRefinerBackbone, exist_ok=True)
+
+
+def register() -> None:
+    """Register now where the Auto classes are loaded, else when they load."""
+    for name, action in (
+        (CONFIGURATION_AUTO, register_config),
+        (MODELING_AUTO, register_models),
+    ):
+        if name in sys.modules:
+            action()
+        else:
+            sys.meta_path.insert(0, _AfterImport(name, action))
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs an action once, right after a module's first import."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name = name
+        self.action = action
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenAct(spec.loader, self.action)
+        return spec
+
+
+class _ThenAct(Loader):
+    """A loader followed by an action."""
+
+    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
+        self.loader = loader
+        self.action = action
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.action()

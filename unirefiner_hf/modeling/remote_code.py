@@ -1,0 +1,57 @@
+"""Put the code of the model beside its weights, for users without this package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from . import configuration_unirefiner, modeling_unirefiner, registers, towers
+from .configuration_unirefiner import UniRefinerConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_unirefiner.UniRefinerConfig",
+    "AutoModel": "modeling_unirefiner.UniRefinerModel",
+    "AutoBackbone": "modeling_unirefiner.UniRefinerBackbone",
+}
+
+FLAT_MODULES = (configuration_unirefiner, modeling_unirefiner, registers, towers)
+
+
+def save_remote_code(folder: str | Path) -> list[Path]:
+    """Copy the model's code into a saved checkpoint and point its config at it.
+
+    After this ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` works in a
+    process without this package, as does ``AutoBackbone`` once the folder is on the
+    Hub. (`save_pretrained` copies the code too, but maps `AutoBackbone` to nothing.)
+
+    Args:
+        folder: folder written by ``save_pretrained``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: the config is not that of a register model.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{config_file} does not exist; save the model there first."
+        )
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.get("model_type") != UniRefinerConfig.model_type:
+        raise ValueError(
+            f"{config_file} has model_type {config.get('model_type')!r}, "
+            f"expected {UniRefinerConfig.model_type!r}."
+        )
+    config["auto_map"] = AUTO_MAP
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    config_file.write_text(text, encoding="utf-8")
+    written = [config_file]
+    for module in FLAT_MODULES:
+        source = Path(str(module.__file__))
+        written.append(Path(shutil.copyfile(source, folder / source.name)))
+    return written
