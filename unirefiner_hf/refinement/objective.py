@@ -337,7 +337,7 @@ class UniRefinerObjective(nn.Module):
     def _chunk(self, images: Tensor) -> int:
         if self.settings.no_grad_batch is not None:
             return self.settings.no_grad_batch
-        return 1 if images.device.type == "cpu" else len(images)
+        return 2 if images.device.type == "cpu" else len(images)
 
     @contextmanager
     def _without_gradient(self) -> Iterator[None]:

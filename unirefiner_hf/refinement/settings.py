@@ -98,7 +98,7 @@ class UniRefinerSettings(FilterSettings):
         metadata={
             "help": "Images a tower pass without gradient takes at once. Smaller "
             "needs less memory; the result is the same. Unset: chosen from the "
-            "device (1 on a CPU, all on a GPU)."
+            "device (2 on a CPU, all on a GPU)."
         },
     )
 
