@@ -473,7 +473,12 @@ def test_from_tower_takes_a_folder(family, tmp_path):
 
 def wrap(model):
     """Put a LoRA adapter with nonzero weights on the tower of `model`."""
-    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "fc1"])
+    # A pooling head takes no part in `encode`: an adapter there would get no gradient.
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "k_proj", "fc1"],
+        exclude_modules=model.family.pooling_head and r"head\..*",
+    )
     model.tower = get_peft_model(model.tower, config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -503,7 +508,6 @@ def test_encode_gives_queries_and_keys_of_image_tokens(family, width):
     torch.testing.assert_close(queries, query)
     torch.testing.assert_close(keys, key)
     assert encoded.registers.shape == (2, (6 + 2 * width) * (5 + 2 * width) - 30, 32)
-    assert not any(module._forward_hooks for module in blocks.modules()) or True
 
 
 def test_encode_through_an_adapter(family):
@@ -532,7 +536,6 @@ def test_gradient_reaches_only_adapters(family, checkpointing):
     model = wrap(make_model(family)).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        assert model.is_gradient_checkpointing
     encoded = model.encode(images(), 1, query_key_layers=(1,))
     queries, keys = encoded.queries_keys[1]
     loss = encoded.image.square().sum() + encoded.registers.square().sum()

@@ -1,0 +1,61 @@
+"""`import unirefiner_hf` is cheap and makes the Auto classes know the model."""
+
+import subprocess
+import sys
+
+import pytest
+
+import unirefiner_hf
+from tests.conftest import make_tiny_tower
+from unirefiner_hf import UniRefinerModel
+
+
+def python(code, *args):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_import_loads_no_heavy_library():
+    loaded = python(
+        "import sys, unirefiner_hf, unirefiner_hf.modeling;"
+        "print([n for n in ('torch', 'transformers', 'peft', 'numpy') if n in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+ORDERS = {
+    "ours first": "import unirefiner_hf\nfrom transformers import AutoConfig, AutoModel",
+    "theirs first": "from transformers import AutoConfig, AutoModel\nimport unirefiner_hf",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_auto_classes_know_the_model(order, tmp_path):
+    UniRefinerModel.from_tower(make_tiny_tower("dinov2")).save_pretrained(tmp_path)
+    out = python(
+        f"import sys\n{order}\n"
+        "from transformers import AutoBackbone\n"
+        "config = AutoConfig.from_pretrained(sys.argv[1])\n"
+        "model = AutoModel.from_pretrained(sys.argv[1])\n"
+        "for made in (config, model, AutoBackbone.from_config(config)):\n"
+        "    print(type(made).__module__, type(made).__name__)\n"
+        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path)\n",
+        str(tmp_path),
+    )
+    home = "unirefiner_hf.modeling."
+    assert out.splitlines() == [
+        f"{home}configuration_unirefiner UniRefinerConfig",
+        f"{home}modeling_unirefiner UniRefinerModel",
+        f"{home}modeling_unirefiner UniRefinerBackbone",
+    ]
+
+
+def test_public_names():
+    for name in unirefiner_hf.__all__:
+        assert getattr(unirefiner_hf, name).__name__ == name
+    assert set(unirefiner_hf.__all__) <= set(dir(unirefiner_hf))
+    with pytest.raises(AttributeError, match="teapot"):
+        unirefiner_hf.teapot
