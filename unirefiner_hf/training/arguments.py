@@ -1,0 +1,196 @@
+"""What a recipe sets: the tower, the images, and the training.
+
+The method's own hyper-parameters are in `unirefiner_hf.refinement.settings`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+PUBLISHED_BATCH = 16
+
+
+@dataclass
+class ModelArguments:
+    """The tower, its frame and its adapter."""
+
+    model: str = field(
+        metadata={
+            "help": "Hub id or folder of a pre-trained vision tower or dual encoder; "
+            "'starter' is the DINOv2-small that comes from PyPI."
+        }
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model."}
+    )
+    model_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the model, for the card. Unset: read from the model's own "
+            "card; where that says nothing, the card says unknown."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the model repository's own code. Off unless asked for."},
+    )
+    base_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the frozen tower; the adapter is trained in float32. "
+            "'auto': bfloat16 where bf16 is on, else float32.",
+            "choices": ["auto", "float32", "bfloat16"],
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square the images are resized to, in pixels; a multiple "
+            "of the patch size. Unset: the size the tower was trained at."
+        },
+    )
+    final_norm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Apply the tower's last layer norm to the patch tokens of a family "
+            "whose output lacks it. Unset: on for CLIP, as published."
+        },
+    )
+    register_factor: int = field(
+        default=32,
+        metadata={"help": "The frame is max(1, side in patches // this) patches wide."},
+    )
+    register_fill: str = field(
+        default="zero",
+        metadata={
+            "help": "Pixels of the frame.",
+            "choices": ["zero", "randn", "rand", "learnable"],
+        },
+    )
+    inference_register_width: int | None = field(
+        default=None,
+        metadata={
+            "help": "Frame of the published model, in patches; wider than in training "
+            "often gives a cleaner map. Unset: as in training."
+        },
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(
+        default=0.1, metadata={"help": "Dropout of the adapter."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """The unlabelled images."""
+
+    data: str = field(
+        metadata={
+            "help": "A folder of images, a parquet file or folder, a data set saved by "
+            "datasets, or a Hub id."
+        }
+    )
+    data_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set."}
+    )
+    data_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_column: str = field(
+        default="image", metadata={"help": "Column that holds the images."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set while training."}
+    )
+    max_images: int | None = field(
+        default=None,
+        metadata={"help": "Train on this many images, picked by the seed. Unset: all."},
+    )
+    reference_image: str | None = field(
+        default=None,
+        metadata={
+            "help": "An image unrelated to all others, whose tokens unmask fixed patterns. "
+            "Unset: the one that ships with the package."
+        },
+    )
+    report_images: int = field(
+        default=8,
+        metadata={"help": "Images of the before/after picture and shares; 0: none."},
+    )
+
+
+@dataclass
+class RefineTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the published defaults of a refinement.
+
+    Section 4 of the method: AdamW, learning rate 1e-4 at a total batch of 16 scaled
+    linearly, weight decay 0.1, constant schedule, 2 epochs.
+    """
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the run. Needed."}
+    )
+    learning_rate: float = field(
+        default=1e-4,
+        metadata={"help": "Learning rate at a total batch of 16 (see the next)."},
+    )
+    scale_learning_rate: bool = field(
+        default=True,
+        metadata={
+            "help": "Scale the learning rate with the total batch: lr * batch / 16."
+        },
+    )
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "Weight decay of AdamW."}
+    )
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Learning-rate schedule."}
+    )
+    num_train_epochs: float = field(
+        default=2.0,
+        metadata={"help": "Passes over the images, unless max_steps is set."},
+    )
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Images a step on each device."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
+    save_steps: float = field(
+        default=100, metadata={"help": "Steps between checkpoints."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept; the oldest go first."}
+    )
+    report_to: str | None = field(
+        default="none",
+        metadata={"help": "Where metrics go: none, tensorboard, wandb or trackio."},
+    )
+    gradient_checkpointing_kwargs: dict | str | None = field(
+        default_factory=lambda: {"use_reentrant": False},
+        metadata={"help": "Arguments of torch.utils.checkpoint."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept off: the images are the only input."}
+    )
+    snapshot_steps: int = field(
+        default=0,
+        metadata={"help": "Steps between PCA pictures in snapshots/. 0: none."},
+    )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Continue the run in output_dir from its last checkpoint."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir is not set: name a folder for the run.")
+        super().__post_init__()
+        if self.fp16:
+            raise ValueError(
+                "fp16 is not supported: use bf16, which needs no loss scaling."
+            )
+
+
+def scaled_learning_rate(learning_rate: float, total_batch: int) -> float:
+    """The learning rate for a total batch, linear with the published one at 16."""
+    return learning_rate * total_batch / PUBLISHED_BATCH
