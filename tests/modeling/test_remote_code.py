@@ -79,6 +79,7 @@ def test_fresh_process_without_the_package(family, options, tmp_path):
         [sys.executable, "-c", FRESH, str(folder)],
         cwd=tmp_path / "elsewhere",
         env=environment,
+        check=False,
         capture_output=True,
         text=True,
         timeout=300,

@@ -37,8 +37,8 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of `UniRefinerModel` and `UniRefinerBackbone`.
 
     Args:
-        vision_config: config of the vision tower, or its dict with ``model_type``.
-            It is copied.
+        vision_config: config of the vision tower (it is copied), or its dict with
+            ``model_type``; None for a DINOv2 of default size.
         register_width: width in patches of the frame put round each image
             (UniRefiner, arXiv 2605.19622: register regions). 0: no frame.
         register_fill: pixels of the frame in normalised space: ``zero``, ``randn``
@@ -69,7 +69,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov2")
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
     register_width: int = 1
     register_fill: str = "zero"
     register_seed: int = 0

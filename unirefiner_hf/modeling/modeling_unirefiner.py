@@ -33,7 +33,6 @@ from .towers import (
     record_queries_keys,
 )
 
-HiddenStates = tuple["Tensor | None", ...]
 Model = TypeVar("Model", bound="UniRefinerPreTrainedModel")
 
 
@@ -57,7 +56,7 @@ class UniRefinerOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
-    hidden_states: HiddenStates | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     feature_map: Tensor | None = None
 
@@ -84,19 +83,21 @@ class TowerTokens:
 class _Pass:
     """One pass through the tower and what is needed to take the frame off it."""
 
-    output: ModelOutput
+    output: Any
     grid: tuple[int, int]
     width: int
     prefix: int
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Image and register tokens of a full sequence ``(batch, tokens, channels)``."""
-        return split_frame(tokens[:, self.prefix :], self.grid, self.width)
+        start = self.prefix
+        patches = tokens[:, start:]
+        return split_frame(patches, self.grid, self.width)
 
     def image(self, tokens: Tensor) -> Tensor:
         return self.split(tokens)[0]
 
-    def hidden_states(self) -> HiddenStates | None:
+    def hidden_states(self) -> tuple[Any, ...] | None:
         states = self.output.hidden_states
         if states is None:
             return None
@@ -127,12 +128,13 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     config_class = UniRefinerConfig
     base_model_prefix = "unirefiner"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    tower: Any  # a PreTrainedModel, or an adapter round one that forwards attributes
     register_patch: nn.Parameter | None
 
     def __init__(self, config: UniRefinerConfig) -> None:
@@ -188,47 +190,48 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             TypeError: `tower` is neither a model of transformers nor a name.
             ValueError: an unsupported tower.
         """
+        inner: Any
         if isinstance(tower, str):
-            tower = load_tower(
+            inner = load_tower(
                 tower,
                 revision=revision,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
-        elif not isinstance(tower, PreTrainedModel):
+        elif isinstance(tower, PreTrainedModel):
+            dual = tower.config.model_type in DUAL_ENCODERS
+            inner = tower.vision_model if dual else tower
+            check_tower(inner)
+            if dtype is not None:
+                inner.to(dtype=dtype)
+            if attn_implementation is not None:
+                inner.set_attn_implementation(attn_implementation)
+        else:
             raise TypeError(
                 f"tower is a {type(tower).__name__}, not a transformers model or a "
                 "name. An adapter goes on afterwards: model.tower = "
                 "get_peft_model(model.tower, ...)."
             )
-        else:
-            if tower.config.model_type in DUAL_ENCODERS:
-                tower = tower.vision_model
-            check_tower(tower)
-            if dtype is not None:
-                tower = tower.to(dtype)
-            if attn_implementation is not None:
-                tower.set_attn_implementation(attn_implementation)
         config = UniRefinerConfig(
-            vision_config=tower.config,
+            vision_config=inner.config,
             register_width=register_width,
             register_fill=register_fill,
             register_seed=register_seed,
             final_norm=final_norm,
-            dtype=tower.dtype,
-            attn_implementation=tower.config._attn_implementation,
+            dtype=inner.dtype,
         )
+        config._attn_implementation = inner.config._attn_implementation
         with torch.device("meta"):
             model = cls(config)
-        model.tower = tower
-        model.config.vision_config = tower.config
+        model.tower = inner
+        model.config.vision_config = inner.config
         if model.register_patch is not None:
             pixels = torch.zeros(
-                model.register_patch.shape, dtype=tower.dtype, device=tower.device
+                model.register_patch.shape, dtype=inner.dtype, device=inner.device
             )
             model.register_patch = nn.Parameter(pixels)
-        return model.train(tower.training)
+        return model.train(inner.training)
 
     @property
     def patch_size(self) -> int:
@@ -450,7 +453,7 @@ class UniRefinerBackbone(BackboneMixin, UniRefinerPreTrainedModel):
             pixel_values, register_width, output_hidden_states, output_attentions
         )
         states = passed.output.hidden_states
-        maps = tuple(
+        maps: Any = tuple(
             self._map(passed, state, last=index == len(states) - 1)
             for index, (stage, state) in enumerate(zip(self.stage_names, states))
             if stage in self.out_features

@@ -89,9 +89,10 @@ def register_mask(grid: tuple[int, int], width: int) -> Tensor:
     """
     if width < 0:
         raise ValueError(f"register_width is {width}; it must be 0 or more patches.")
-    rows, columns = grid
-    mask = torch.ones(rows + 2 * width, columns + 2 * width, dtype=torch.bool)
-    mask[width : width + rows, width : width + columns] = False
+    h, w = grid
+    mask = torch.ones(h + 2 * width, w + 2 * width, dtype=torch.bool)
+    bottom, right = width + h, width + w
+    mask[width:bottom, width:right] = False
     return mask.flatten()
 
 
@@ -119,9 +120,10 @@ def split_frame(
             f"{tokens.shape[1]} tokens do not make a grid of {h} x {w} patches with a "
             f"frame of {width}: that has {rows} x {columns} = {rows * columns} tokens."
         )
+    bottom, right = width + h, width + w
     cells = tokens.unflatten(1, (rows, columns))
-    middle = cells[:, width : width + h]
-    image = middle[:, :, width : width + w]
-    sides = torch.cat([middle[:, :, :width], middle[:, :, width + w :]], dim=2)
-    frame = [cells[:, :width], sides, cells[:, width + h :]]
+    middle = cells[:, width:bottom]
+    image = middle[:, :, width:right]
+    sides = torch.cat([middle[:, :, :width], middle[:, :, right:]], dim=2)
+    frame = [cells[:, :width], sides, cells[:, bottom:]]
     return image.flatten(1, 2), torch.cat([part.flatten(1, 2) for part in frame], dim=1)

@@ -219,7 +219,7 @@ def load_tower(
     return tower
 
 
-def check_tower(tower: nn.Module) -> None:
+def check_tower(tower: PreTrainedModel) -> None:
     """Probe that a live tower is built as its family's table entry says.
 
     Raises:
@@ -228,7 +228,7 @@ def check_tower(tower: nn.Module) -> None:
     config = tower.config
     family = family_of(config)
     patch_size_of(config)
-    layers = _part(tower, family.layers)
+    layers = _layers(tower, family)
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
             f"{type(tower).__name__} has {len(layers)} layers at {family.layers!r}, "
@@ -244,7 +244,7 @@ def check_tower(tower: nn.Module) -> None:
 
 @contextmanager
 def record_queries_keys(
-    tower: nn.Module, layers: Sequence[int]
+    tower: PreTrainedModel, layers: Sequence[int]
 ) -> Iterator[QueriesKeys]:
     """Record the query and key projections of the forward passes made inside.
 
@@ -263,7 +263,7 @@ def record_queries_keys(
         ValueError: a layer the tower does not have.
     """
     family = family_of(tower.config)
-    blocks = _part(tower, family.layers)
+    blocks = _layers(tower, family)
     wrong = [layer for layer in layers if not 0 <= layer < len(blocks)]
     if wrong:
         raise ValueError(
@@ -296,6 +296,17 @@ def record_queries_keys(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _layers(tower: PreTrainedModel, family: TowerFamily) -> nn.ModuleList:
+    """The list of transformer layers, or a ValueError that says what is there."""
+    layers = _part(tower, family.layers)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{family.layers!r} of {type(tower).__name__} is a "
+            f"{type(layers).__name__}, expected a list of layers."
+        )
+    return layers
 
 
 def _part(module: nn.Module, path: str) -> nn.Module:
