@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
+from ..modeling.registers import FILLS
+from ..spurious.settings import require
+
+BASE_DTYPES = ("auto", "float32", "bfloat16")
 PUBLISHED_BATCH = 16
+"""Images a step at which the published learning rate holds."""
 
 
 @dataclass
 class ModelArguments:
-    """The tower, its frame and its adapter."""
+    """The tower, its frame and its adapter (LoRA, published: rank 8, alpha 16).
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
 
     model: str = field(
         metadata={
@@ -41,7 +51,7 @@ class ModelArguments:
         metadata={
             "help": "Precision of the frozen tower; the adapter is trained in float32. "
             "'auto': bfloat16 where bf16 is on, else float32.",
-            "choices": ["auto", "float32", "bfloat16"],
+            "choices": list(BASE_DTYPES),
         },
     )
     image_size: int | None = field(
@@ -66,7 +76,7 @@ class ModelArguments:
         default="zero",
         metadata={
             "help": "Pixels of the frame.",
-            "choices": ["zero", "randn", "rand", "learnable"],
+            "choices": list(FILLS),
         },
     )
     inference_register_width: int | None = field(
@@ -82,10 +92,33 @@ class ModelArguments:
         default=0.1, metadata={"help": "Dropout of the adapter."}
     )
 
+    def __post_init__(self) -> None:
+        dtypes, fills = ", ".join(BASE_DTYPES), ", ".join(FILLS)
+        size, width = self.image_size, self.inference_register_width
+        require(self, "base_dtype", self.base_dtype in BASE_DTYPES, f"one of {dtypes}")
+        require(
+            self, "image_size", size is None or size >= 1, "at least 1 pixel, or unset"
+        )
+        require(self, "register_factor", self.register_factor >= 1, "at least 1")
+        require(self, "register_fill", self.register_fill in FILLS, f"one of {fills}")
+        require(
+            self,
+            "inference_register_width",
+            width is None or width >= 0,
+            "0 or more patches, or unset",
+        )
+        require(self, "lora_rank", self.lora_rank >= 1, "at least 1")
+        require(self, "lora_alpha", self.lora_alpha >= 1, "at least 1")
+        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+
 
 @dataclass
 class DataArguments:
-    """The unlabelled images."""
+    """The unlabelled images.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
 
     data: str = field(
         metadata={
@@ -119,13 +152,23 @@ class DataArguments:
         metadata={"help": "Images of the before/after picture and shares; 0: none."},
     )
 
+    def __post_init__(self) -> None:
+        most = self.max_images
+        require(self, "max_images", most is None or most >= 1, "at least 1, or unset")
+        require(self, "report_images", self.report_images >= 0, "0 or more")
+
 
 @dataclass
 class RefineTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the published defaults of a refinement.
 
-    Section 4 of the method: AdamW, learning rate 1e-4 at a total batch of 16 scaled
-    linearly, weight decay 0.1, constant schedule, 2 epochs.
+    UniRefiner (arXiv 2605.19622): AdamW, learning rate 1e-4 at a total batch of 16
+    scaled linearly, weight decay 0.1, constant schedule, 2 epochs, bf16. Gradient
+    clipping is not published: 1.0, the default of transformers. Activation
+    checkpointing, where switched on, is the non-reentrant one, its default too.
+
+    Raises:
+        ValueError: a value is outside its range, or output_dir is not set.
     """
 
     output_dir: str | None = field(
@@ -161,13 +204,15 @@ class RefineTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints kept; the oldest go first."}
     )
-    report_to: str | None = field(
-        default="none",
-        metadata={"help": "Where metrics go: none, tensorboard, wandb or trackio."},
+    report_to: list[str] = field(  # type: ignore[assignment]
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "Where metrics go: none, or tensorboard, wandb, trackio, ..."
+        },
     )
-    gradient_checkpointing_kwargs: dict | str | None = field(
-        default_factory=lambda: {"use_reentrant": False},
-        metadata={"help": "Arguments of torch.utils.checkpoint."},
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Compute in bfloat16. Unset: on GPUs that can, off on CPUs."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: the images are the only input."}
@@ -184,11 +229,20 @@ class RefineTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is not set: name a folder for the run.")
-        super().__post_init__()
         if self.fp16:
             raise ValueError(
                 "fp16 is not supported: use bf16, which needs no loss scaling."
             )
+        require(self, "learning_rate", self.learning_rate > 0, "positive")
+        require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")
+        require(self, "remove_unused_columns", not self.remove_unused_columns, "false")
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.use_cpu
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported()
+            )
+        super().__post_init__()
 
 
 def scaled_learning_rate(learning_rate: float, total_batch: int) -> float:
