@@ -286,6 +286,14 @@ def test_attn_implementation_reaches_the_tower(family, kind, tmp_path):
     ).tower.config._attn_implementation == (kind)
 
 
+def test_attention_of_a_tower_in_memory_is_kept(family):
+    tower = make_tiny_tower(family)
+    tower.set_attn_implementation("eager")
+    model = UniRefinerModel.from_tower(tower)
+    assert model.config._attn_implementation == "eager"
+    assert tower.config._attn_implementation == "eager"
+
+
 # What is refused
 
 
@@ -466,7 +474,7 @@ def test_image_text_model_in_memory_gives_its_vision_half():
 def test_from_tower_takes_a_folder(family, tmp_path):
     tower = make_tiny_tower(family)
     tower.save_pretrained(tmp_path)
-    model = UniRefinerModel.from_tower(str(tmp_path), register_width=2)
+    model = UniRefinerModel.from_tower(tmp_path, register_width=2)
     with torch.no_grad():
         expected = UniRefinerModel.from_tower(tower, register_width=2)(images())
         assert torch.equal(model(images())[0], expected[0])
@@ -577,6 +585,14 @@ def test_input_gradient_hook_for_reentrant_checkpointing(family):
 def test_compiles_without_a_graph_break(family):
     model = make_model(family)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(images()).last_hidden_state
+        torch.testing.assert_close(compiled(images()).last_hidden_state, expected)
+
+
+def test_drawn_frame_compiles(family):
+    model = make_model(family, register_fill="randn")
+    compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         expected = model(images()).last_hidden_state
         torch.testing.assert_close(compiled(images()).last_hidden_state, expected)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -164,7 +165,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_tower(
         cls: type[Model],
-        tower: PreTrainedModel | str,
+        tower: PreTrainedModel | str | Path,
         *,
         register_width: int = 1,
         register_fill: str = "zero",
@@ -191,9 +192,9 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             ValueError: an unsupported tower.
         """
         inner: Any
-        if isinstance(tower, str):
+        if isinstance(tower, (str, Path)):
             inner = load_tower(
-                tower,
+                str(tower),
                 revision=revision,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
