@@ -1,0 +1,139 @@
+"""The model card, filled from the run's own record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..resources import resource_folder
+
+TEMPLATE = "card.md.jinja"
+SHARES = {
+    "fpgp": "fixed pattern or global proxy (FP-GP)",
+    "ah": "attention hijackee (AH)",
+    "spurious": "either",
+}
+
+
+@dataclass(frozen=True)
+class CardData:
+    """What a card says; every field comes from the record of a run.
+
+    Attributes:
+        base: Hub id or name of the base model.
+        license: the base's; None says so in the card and leaves the metadata out.
+        family: `model_type` of the tower.
+        layers: of the tower.
+        image_size: pixels a side.
+        register_width: frame of the published model, in patches.
+        data: the images, in words.
+        recipe: setting -> value, as run.
+        steps, seconds, hardware: of the training.
+        losses: last logged values.
+        shares: spurious shares before and after; None where they were not measured.
+    """
+
+    base: str
+    license: str | None
+    family: str
+    layers: int
+    image_size: int
+    register_width: int
+    data: str
+    recipe: Mapping[str, Any]
+    steps: int
+    seconds: float
+    hardware: str
+    losses: Mapping[str, float]
+    shares: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Name of the refined model."""
+        return f"{self.base.split('/')[-1]}-unirefined"
+
+    @property
+    def base_on_hub(self) -> bool:
+        """Whether the base is a Hub id, which alone may stand in the metadata."""
+        return self.base.count("/") == 1
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """Stages the card's backbone example asks for: half-way and last."""
+        return max(1, self.layers // 2), self.layers
+
+    def share_rows(self) -> list[tuple[str, float, float]]:
+        """Kind, share before, share after."""
+        if self.shares is None:
+            return []
+        before, after = self.shares["before"], self.shares["after"]
+        return [(text, before[kind], after[kind]) for kind, text in SHARES.items()]
+
+
+def card_from_record(record: Mapping[str, Any]) -> CardData:
+    """Read a card's data off a run's record (``run.json``).
+
+    Raises:
+        ValueError: the record is of an unfinished run or of a later format.
+    """
+    if record.get("format") != 1:
+        raise ValueError(f"run.json is of format {record.get('format')!r}, expected 1.")
+    model, data, training = record["model"], record["data"], record["training"]
+    if "steps" not in training:
+        raise ValueError("The run is not finished: continue it with --resume.")
+    method = dict(record["method"])
+    recipe = {
+        "method": method.pop("name"),
+        **{k: model[k] for k in ("register_factor", "register_fill", "final_norm")},
+        **{k: model[k] for k in ("lora_rank", "lora_alpha", "lora_dropout")},
+        **{k: training[k] for k in ("optimizer", "learning_rate", "weight_decay")},
+        **{k: training[k] for k in ("schedule", "total_batch", "precision")},
+        **method,
+    }
+    count = data.get("images")
+    used = f"{count - len(data['skipped'])} unlabelled images" if count else "images"
+    return CardData(
+        base=model["base"],
+        license=model["license"],
+        family=model["family"],
+        layers=model["layers"],
+        image_size=model["image_size"],
+        register_width=model["register_width"],
+        data=f"{used} of {data['source']}",
+        recipe=recipe,
+        steps=training["steps"],
+        seconds=training["seconds"],
+        hardware=training["hardware"],
+        losses={k: v for k, v in record["losses"].items() if k.startswith("loss")},
+        shares=record.get("spurious_shares"),
+    )
+
+
+def render_card(
+    card: CardData, pictures: Sequence[str] = (), *, native: bool = False
+) -> str:
+    """The card's text, YAML header included.
+
+    Args:
+        pictures: file names beside the card.
+        native: the checkpoint is the plain tower, without the frame.
+    """
+    metadata = ModelCardData(
+        base_model=card.base if card.base_on_hub else None,
+        base_model_relation="finetune" if card.base_on_hub else None,
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        license=card.license,
+        tags=["unirefiner", "dense-features", "vision-transformer", card.family],
+    )
+    rendered = ModelCard.from_template(
+        metadata,
+        template_path=str(resource_folder("model_cards") / TEMPLATE),
+        card=card,
+        pictures=list(pictures),
+        native=native,
+    )
+    return str(rendered)

@@ -1,0 +1,107 @@
+"""Merge the adapter and write the checkpoint that is published."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..modeling.remote_code import save_remote_code
+from .card import CardData, render_card
+
+
+class ExportError(RuntimeError):
+    """The checkpoint could not be written; nothing is left half-written."""
+
+
+def merge_adapter(model: UniRefinerModel, dtype: torch.dtype = torch.float32) -> None:
+    """Merge the tower's adapter into its weights, in float32, then cast.
+
+    In place: afterwards `model.tower` is the plain tower, on the CPU.
+    """
+    model.to("cpu", torch.float32)
+    if isinstance(model.tower, PeftModel):
+        model.tower = model.tower.merge_and_unload()
+    model.to(dtype)
+    model.config.vision_config = model.tower.config
+
+
+def export_refined(
+    model: UniRefinerModel,
+    folder: str | Path,
+    *,
+    image_processor: BaseImageProcessor,
+    image_size: int,
+    card: CardData,
+    images: Mapping[str, Image.Image] | None = None,
+    dtype: torch.dtype = torch.float32,
+    native: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write the merged model with everything its user needs.
+
+    Weights as safetensors, config, image processor, model card, and the model's own code,
+    so that it loads with ``trust_remote_code=True`` where this package is not installed.
+
+    Args:
+        model: the refined model; its adapter is merged in place.
+        folder: appears whole or not at all.
+        image_processor: of the base; saved so that it resizes to the refined size.
+        image_size: side of the images the model was refined on, in pixels.
+        images: pictures the card shows, by file name.
+        dtype: of the saved weights; the merge itself is in float32.
+        native: save the plain tower, for users who pad by themselves, without frame or
+            code of this package.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        ExportError: the folder is not empty, or writing failed (a full disk).
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise ExportError(f"{folder} is not empty: name another folder.")
+    merge_adapter(model, dtype)
+    saved = model.tower if native else model
+    for config in (model.config, model.tower.config):
+        config._name_or_path = ""
+    draft = folder.parent / f".{folder.name}.unfinished"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        saved.save_pretrained(draft)
+        if not native:
+            save_remote_code(draft)
+        resized_processor(image_processor, image_size).save_pretrained(draft)
+        for name, image in (images or {}).items():
+            image.save(draft / name)
+        pictures = sorted(images or {})
+        (draft / "README.md").write_text(render_card(card, pictures, native=native))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+    except Exception as problem:
+        raise ExportError(
+            f"{folder.name} could not be written: {problem}. Free space or choose another "
+            "folder, then merge again; the adapter is unharmed."
+        ) from problem
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def resized_processor(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
+    """A copy that resizes whole images to ``size x size`` pixels, without cropping."""
+    resized = copy.deepcopy(processor)
+    resized.size = {"height": size, "width": size}
+    resized.do_resize = True
+    if hasattr(resized, "do_center_crop"):
+        resized.do_center_crop = False
+        resized.crop_size = {"height": size, "width": size}
+    return resized
