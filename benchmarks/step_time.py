@@ -51,7 +51,9 @@ class PlainObjective(UniRefinerObjective):
         self.teacher = teacher.requires_grad_(False).eval()
         self.all_layers = tuple(range(model.config.num_hidden_layers))
 
-    def teacher_views(self, pixel_values: Tensor, crops: Tensor, side: str) -> TeacherViews:
+    def teacher_views(
+        self, pixel_values: Tensor, crops: Tensor, side: str
+    ) -> TeacherViews:
         height, width = pixel_values.shape[-2:]
         patch = self.model.patch_size
         grid = (height // patch, width // patch)
@@ -99,7 +101,9 @@ def build(plain: bool, options: argparse.Namespace) -> UniRefinerObjective:
         tower = Dinov2Model(config).to(dtype)
     model = UniRefinerModel.from_tower(tower)
     teacher = copy.deepcopy(model) if plain else None
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=lora_targets(tower))
+    lora = LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=0.1, target_modules=lora_targets(tower)
+    )
     model.tower = get_peft_model(tower, lora)
     if options.checkpointing:
         model.tower.gradient_checkpointing_enable(
@@ -117,7 +121,9 @@ def build(plain: bool, options: argparse.Namespace) -> UniRefinerObjective:
     return objective.to(options.device).train()
 
 
-def count_passes(objective: UniRefinerObjective, step: Callable[[], None]) -> dict[str, float]:
+def count_passes(
+    objective: UniRefinerObjective, step: Callable[[], None]
+) -> dict[str, float]:
     """Tower forwards of one step: calls, and images and patch tokens they carried."""
     counts = {"calls": 0.0, "images": 0.0, "tokens": 0.0}
 
@@ -208,7 +214,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="Hub id or folder of a tower")
-    parser.add_argument("--size", type=int, default=224, help="side of the images, pixels")
+    parser.add_argument(
+        "--size", type=int, default=224, help="side of the images, pixels"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2, help="steps a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -228,7 +236,9 @@ def main() -> None:
     print("ours / plain", {key: round(value, 3) for key, value in ratios.items()})
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"options": vars(options), **results, "ratios": ratios}, file, indent=2)
+            json.dump(
+                {"options": vars(options), **results, "ratios": ratios}, file, indent=2
+            )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Thresholds:
     Attributes:
         reference: ``(batch, 1)``, cosine to the reference image's tokens.
         strip: ``(batch, 1)``, cosine to the strip's tokens inside the composite.
-        inflow: scalar, attention inflow below which a token is hijacked.
+        inflow: scalar, attention inflow below which a token is hijacked, where 1 is the
+            mean of the tokens that are neither fixed patterns nor global proxies.
     """
 
     reference: Tensor
@@ -37,7 +38,7 @@ class Diagnosis:
         fpgp: bool, fixed patterns and global proxies.
         ah: bool, attention hijackees among the rest.
         similarity: highest cosine to an unrelated token (reference or strip).
-        inflow: attention received, mean 1.
+        inflow: attention received, 1 for the mean of the tokens not in `fpgp`.
         thresholds: the values used, to judge another model by the same.
         grid: rows and columns of patches.
     """
@@ -142,6 +143,8 @@ def diagnose(
         settings.ah_form,
         config.num_attention_heads,
     )
+    if not fpgp.all():
+        inflow = inflow / inflow[~fpgp].mean()
     if thresholds is None:
         limit = attention_flow.inflow_threshold(inflow, fpgp, settings.ah_sigma)
         limits = Thresholds(own_reference, own_strip, limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,11 +298,10 @@ def _subset(total: int, count: int, seed: int) -> list[int]:
     return sorted(torch.randperm(total, generator=generator)[:count].tolist())
 
 
-def first_images(dataset: Any, count: int) -> Iterator[Tensor]:
-    """Pixels of the first images, in the data set's own order."""
+def sample_images(dataset: Any, count: int) -> list[Tensor]:
+    """Pixels of some images: evenly spaced in the data set, the first of a stream."""
     if isinstance(dataset, Dataset):
-        for number in range(min(count, len(dataset))):
-            yield dataset[number]["pixel_values"]
-    else:
-        for sample in dataset.take(count):
-            yield torch.as_tensor(sample["pixel_values"])
+        count = min(count, len(dataset))
+        numbers = [index * len(dataset) // count for index in range(count)]
+        return [dataset[number]["pixel_values"] for number in numbers]
+    return [torch.as_tensor(sample["pixel_values"]) for sample in dataset.take(count)]

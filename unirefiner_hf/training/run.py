@@ -12,32 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, set_seed
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import set_seed
 from transformers.utils import logging
 
 from ..images import default_reference, denormalise, load_rgb, preprocess
-from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import load_tower
 from ..publishing.card import card_from_record
 from ..publishing.merge import export_refined
 from ..refinement.objective import UniRefinerObjective
 from ..refinement.settings import UniRefinerSettings
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.similarity import gather_tokens
-from ..starter import LICENSE, NAME, starter_photographs, starter_tower
+from ..starter import starter_photographs, starter_tower
 from .arguments import (
     DataArguments,
     ModelArguments,
     RefineTrainingArguments,
     scaled_learning_rate,
 )
+from .base import Base, load_base
 from .callbacks import Snapshots
-from .data import build_dataset, collate, first_images
-from .lora import add_adapter
+from .data import build_dataset, collate, sample_images
 from .report import compare, figure
 from .trainer import (
     RefinementTrainer,
@@ -53,27 +49,11 @@ LAZY_IMAGES, LAZY_TOKENS = 64, 128
 
 
 class RunError(ValueError):
-    """The run cannot start or go on as asked."""
+    """The output folder holds a run already."""
 
 
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run; its message names the checkpoint that was left."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """The tower a run starts from.
-
-    Attributes:
-        name: Hub id, or the last part of a local path; safe to publish.
-        license: as the model's card or the user says; None if neither does.
-    """
-
-    model: UniRefinerModel
-    processor: BaseImageProcessor
-    name: str
-    license: str | None
-    image_size: int
 
 
 def refine(
@@ -91,7 +71,8 @@ def refine(
         The run's folder.
 
     Raises:
-        RunError: the folder holds a run already, or sizes do not fit the tower.
+        RunError: the folder holds a run already.
+        BaseError: the image size does not fit the tower.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
         NonFiniteLossError, CheckpointError, ImageError: see there.
     """
@@ -128,7 +109,7 @@ def refine(
         model, settings, reference, model_args.register_factor
     ).to(args.device)
     lazy = _lazy_channels(objective, dataset, settings, checkpoint)
-    shown = list(first_images(dataset, data_args.report_images))
+    shown = sample_images(dataset, data_args.report_images)
 
     total_batch = args.train_batch_size * args.gradient_accumulation_steps
     total_batch *= args.world_size
@@ -143,7 +124,9 @@ def refine(
     )
     if args.snapshot_steps and shown:
         width = objective.register_width(*size)
-        snapshots = Snapshots(model, shown, width, run / "snapshots", args.snapshot_steps)
+        snapshots = Snapshots(
+            model, shown, width, run / "snapshots", args.snapshot_steps
+        )
         trainer.add_callback(snapshots)
 
     record = _record(base, model_args, data_args, settings, args)
@@ -172,7 +155,7 @@ def refine(
     record["training"]["epochs"] = trainer.state.epoch
     record["training"]["seconds"] = round(time.monotonic() - started, 1)
     record["training"]["resumed"] = checkpoint is not None
-    record["losses"] = trainer.last_metrics
+    record["losses"] = trainer.final_metrics()
     _finish(run, trainer, base, shown, reference, settings, model_args, record)
     if skipped:
         logger.warning(
@@ -197,6 +180,7 @@ def _finish(
     if model_args.inference_register_width is not None:
         width = model_args.inference_register_width
     model.config.register_width = width
+    record["model"]["register_width"] = width
     (run / "adapter").mkdir(exist_ok=True)
     save_adapter(model, run / "adapter")
     images: dict[str, Image.Image] = {}
@@ -212,6 +196,7 @@ def _finish(
     metrics = {
         "spurious_shares": record.get("spurious_shares"),
         "losses": record["losses"],
+        "history": trainer.state.log_history,
         "seconds": record["training"]["seconds"],
         "steps": record["training"]["steps"],
     }
@@ -227,79 +212,6 @@ def _finish(
         overwrite=True,
     )
     logger.warning(f"The refined model is in {run / 'merged'}.")
-
-
-def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
-    """The register model round the tower the arguments name, with a fresh adapter.
-
-    Raises:
-        RunError: the image size is off the patch grid, or unknown.
-        ValueError: the tower is not supported.
-    """
-    name, license_name = model_args.model, model_args.model_license
-    source = name
-    if name == "starter":
-        source, name = str(starter_tower()), NAME
-        license_name = license_name or LICENSE
-    path = Path(source).expanduser()
-    if path.is_dir():
-        source, name = str(path), path.resolve().name
-    if model_args.base_dtype == "auto":
-        dtype = torch.bfloat16 if bf16 else torch.float32
-    else:
-        dtype = getattr(torch, model_args.base_dtype)
-    trust = model_args.trust_remote_code
-    tower = load_tower(
-        source, revision=model_args.revision, dtype=dtype, trust_remote_code=trust
-    )
-    processor = AutoImageProcessor.from_pretrained(
-        source, revision=model_args.revision, trust_remote_code=trust
-    )
-    model = UniRefinerModel.from_tower(
-        tower,
-        register_fill=model_args.register_fill,
-        final_norm=_final_norm(model_args, tower),
-    )
-    image_size = _image_size(model_args.image_size, tower, model.patch_size)
-    model.tower = add_adapter(
-        tower,
-        rank=model_args.lora_rank,
-        alpha=model_args.lora_alpha,
-        dropout=model_args.lora_dropout,
-        name=name,
-    )
-    return Base(model, processor, name, license_name or _license(source), image_size)
-
-
-def _final_norm(model_args: ModelArguments, tower: torch.nn.Module) -> bool:
-    if model_args.final_norm is not None:
-        return model_args.final_norm
-    return tower.config.model_type == "clip_vision_model"
-
-
-def _image_size(asked: int | None, tower: torch.nn.Module, patch: int) -> int:
-    size = tower.config.image_size if asked is None else asked
-    if not isinstance(size, int):
-        size = min(size)
-    if asked is None:
-        size = size // patch * patch
-    if size < patch or size % patch:
-        low = max(patch, size // patch * patch)
-        raise RunError(
-            f"image_size is {size}, which does not divide into patches of {patch}: use "
-            f"{low} or {low + patch}."
-        )
-    return size
-
-
-def _license(source: str) -> str | None:
-    """The licence in the base's own card, None where there is none to read."""
-    try:
-        readme = Path(source) / "README.md"
-        card = ModelCard.load(readme if Path(source).is_dir() else source)
-    except Exception:
-        return None
-    return card.data.license
 
 
 def _photographs() -> str:
@@ -336,7 +248,7 @@ def _lazy_channels(
     if checkpoint is not None:
         channels = read_refiner_state(checkpoint)["lazy_channels"]
     else:
-        images = list(first_images(dataset, LAZY_IMAGES))
+        images = sample_images(dataset, LAZY_IMAGES)
         if len(images) < 2:
             logger.warning("One image is too few for the lazy-channel search: skipped.")
             return []
@@ -380,6 +292,7 @@ def _record(
             "revision": model_args.revision,
             "license": base.license,
             "family": base.model.config.vision_config.model_type,
+            "layers": base.model.config.num_hidden_layers,
             "image_size": base.image_size,
             "final_norm": base.model.config.final_norm,
             "register_factor": model_args.register_factor,
@@ -396,9 +309,9 @@ def _record(
         },
         "method": {"name": "unirefiner", **dataclasses.asdict(settings)},
         "training": {
-            "optimizer": str(args.optim),
+            "optimizer": args.optim.value,
             "weight_decay": args.weight_decay,
-            "schedule": str(args.lr_scheduler_type),
+            "schedule": args.lr_scheduler_type.value,
             "precision": "bfloat16" if args.bf16 else "float32",
             "processes": args.world_size,
             "hardware": _hardware(args.device),

@@ -130,15 +130,26 @@ class RefinementTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics' means since the last log, over all processes."""
         if "loss" in logs and self._sums:
-            names = list(self._sums)
-            means = torch.stack([total / n for total, n in self._sums.values()])
-            means = self.accelerator.reduce(means, reduction="mean")
-            logs.update(zip(names, means.tolist(), strict=True))
+            logs.update(self._mean_metrics())
             self._sums.clear()
         if self.skipped:
             logs["skipped_images"] = float(len(self.skipped))
-        self.last_metrics.update(logs)
+        self.last_metrics.update(
+            (name, value) for name, value in logs.items() if name in ("loss", *METRICS)
+        )
         super().log(logs, start_time)
+
+    def final_metrics(self) -> dict[str, float]:
+        """Last logged loss and metrics; steps since then are averaged in their place."""
+        if self._sums:
+            self.last_metrics.update(self._mean_metrics())
+        return dict(self.last_metrics)
+
+    def _mean_metrics(self) -> dict[str, float]:
+        names = list(self._sums)
+        means = torch.stack([total / n for total, n in self._sums.values()])
+        means = self.accelerator.reduce(means, reduction="mean")
+        return dict(zip(names, means.tolist(), strict=True))
 
     # Checkpoints
 

@@ -1,0 +1,110 @@
+"""The tower a run starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..modeling.towers import load_tower
+from ..starter import LICENSE, NAME, starter_tower
+from .arguments import ModelArguments
+from .lora import add_adapter
+
+
+class BaseError(ValueError):
+    """The tower cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The tower a run starts from.
+
+    Attributes:
+        name: Hub id, or the last part of a local path; safe to publish.
+        license: as the model's card or the user says; None if neither does.
+    """
+
+    model: UniRefinerModel
+    processor: BaseImageProcessor
+    name: str
+    license: str | None
+    image_size: int
+
+
+def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
+    """The register model round the tower the arguments name, with a fresh adapter.
+
+    Raises:
+        BaseError: the image size is off the patch grid, or unknown.
+        ValueError: the tower is not supported.
+    """
+    name, license_name = model_args.model, model_args.model_license
+    source = name
+    if name in ("starter", NAME):
+        source, name = str(starter_tower()), NAME
+        license_name = license_name or LICENSE
+    path = Path(source).expanduser()
+    if path.is_dir():
+        source, name = str(path), path.resolve().name
+    if model_args.base_dtype == "auto":
+        dtype = torch.bfloat16 if bf16 else torch.float32
+    else:
+        dtype = getattr(torch, model_args.base_dtype)
+    trust = model_args.trust_remote_code
+    tower = load_tower(
+        source, revision=model_args.revision, dtype=dtype, trust_remote_code=trust
+    )
+    processor = AutoImageProcessor.from_pretrained(
+        source, revision=model_args.revision, trust_remote_code=trust
+    )
+    model = UniRefinerModel.from_tower(
+        tower,
+        register_fill=model_args.register_fill,
+        final_norm=_final_norm(model_args, tower),
+    )
+    image_size = _image_size(model_args.image_size, tower, model.patch_size)
+    model.tower = add_adapter(
+        tower,
+        rank=model_args.lora_rank,
+        alpha=model_args.lora_alpha,
+        dropout=model_args.lora_dropout,
+        name=name,
+    )
+    return Base(model, processor, name, license_name or _license(source), image_size)
+
+
+def _final_norm(model_args: ModelArguments, tower: PreTrainedModel) -> bool:
+    if model_args.final_norm is not None:
+        return model_args.final_norm
+    return tower.config.model_type == "clip_vision_model"
+
+
+def _image_size(asked: int | None, tower: PreTrainedModel, patch: int) -> int:
+    size = tower.config.image_size if asked is None else asked
+    if not isinstance(size, int):
+        size = min(size)
+    if asked is None:
+        size = size // patch * patch
+    if size < patch or size % patch:
+        low = max(patch, size // patch * patch)
+        raise BaseError(
+            f"image_size is {size}, which does not divide into patches of {patch}: use "
+            f"{low} or {low + patch}."
+        )
+    return size
+
+
+def _license(source: str) -> str | None:
+    """The licence in the base's own card, None where there is none to read."""
+    try:
+        readme = Path(source) / "README.md"
+        card = ModelCard.load(readme if Path(source).is_dir() else source)
+    except Exception:
+        return None
+    return card.data.license
