@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in words
     try:
         return _run([word for word in words if word != "--traceback"])
-    except KeyboardInterrupt:
-        print("unirefiner: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"unirefiner: {stop or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if not _is_users(error):

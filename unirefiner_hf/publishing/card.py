@@ -31,8 +31,8 @@ class CardData:
         register_width: frame of the published model, in patches.
         data: the images, in words.
         recipe: setting -> value, as run.
-        steps, seconds, hardware: of the training.
-        losses: last logged values.
+        steps, seconds, hardware: of the training; seconds is None for a checkpoint.
+        losses: last logged values; empty for a checkpoint.
         shares: spurious shares before and after; None where they were not measured.
     """
 
@@ -45,7 +45,7 @@ class CardData:
     data: str
     recipe: Mapping[str, Any]
     steps: int
-    seconds: float
+    seconds: float | None
     hardware: str
     losses: Mapping[str, float]
     shares: Mapping[str, Any] | None

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors import SafetensorError
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
@@ -25,7 +26,8 @@ class ExportError(RuntimeError):
 def merge_adapter(model: UniRefinerModel, dtype: torch.dtype = torch.float32) -> None:
     """Merge the tower's adapter into its weights, in float32, then cast.
 
-    In place: afterwards `model.tower` is the plain tower, on the CPU.
+    In place: afterwards `model.tower` is the plain tower, on the CPU. Weights that were
+    loaded in a lower precision stay as coarse as they are.
     """
     model.to("cpu", torch.float32)
     if isinstance(model.tower, PeftModel):
@@ -63,11 +65,21 @@ def export_refined(
         overwrite: replace a folder that is not empty.
 
     Raises:
+        ValueError: `image_size` is not a multiple of the patch size.
         ExportError: the folder is not empty, or writing failed (a full disk).
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    if image_size % model.patch_size:
+        raise ValueError(
+            f"image_size is {image_size}; it must be a multiple of the patch size "
+            f"{model.patch_size}."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file: name a folder.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise ExportError(f"{folder} is not empty: name another folder.")
+        raise ExportError(
+            f"{folder} is not empty: name another folder, or allow --overwrite."
+        )
     merge_adapter(model, dtype)
     saved = model.tower if native else model
     for config in (model.config, model.tower.config):
@@ -83,10 +95,11 @@ def export_refined(
         for name, image in (images or {}).items():
             image.save(draft / name)
         pictures = sorted(images or {})
-        (draft / "README.md").write_text(render_card(card, pictures, native=native))
+        text = render_card(card, pictures, native=native)
+        (draft / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
-    except Exception as problem:
+    except (OSError, SafetensorError) as problem:
         raise ExportError(
             f"{folder.name} could not be written: {problem}. Free space or choose another "
             "folder, then merge again; the adapter is unharmed."

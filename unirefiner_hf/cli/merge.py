@@ -1,0 +1,69 @@
+"""``unirefiner merge``: a run's adapter into a checkpoint that loads by itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the verb its options."""
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        type=Path,
+        help="folder of a finished run, or a checkpoint-N inside a run",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", type=Path, help="folder to write"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="where the base lies, if the run started from a local model",
+    )
+    parser.add_argument(
+        "--register_width",
+        metavar="PATCHES",
+        type=int,
+        help="frame of the merged model (default: the run's)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="dtype of the saved weights; the merge is in float32 (default: float32)",
+    )
+    parser.add_argument(
+        "--native",
+        action="store_true",
+        help="save the plain tower, without the frame and its code",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that is not empty"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Merge.
+
+    Raises:
+        RunFolderError: no run, or not of this base.
+        ExportError: the folder is not empty, or could not be written.
+    """
+    import torch
+
+    from ..publishing.run_folder import merge_run
+
+    folder = merge_run(
+        arguments.run,
+        arguments.output,
+        model=arguments.model,
+        register_width=arguments.register_width,
+        dtype=getattr(torch, arguments.dtype),
+        native=arguments.native,
+        overwrite=arguments.overwrite,
+    )
+    print(f"The merged model is in {folder}.")

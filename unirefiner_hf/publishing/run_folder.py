@@ -1,0 +1,182 @@
+"""Read a finished or stopped run back, to merge it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..starter import NAME as STARTER
+from ..training.arguments import ModelArguments
+from ..training.base import Base, load_base
+from ..training.trainer import ADAPTER_WEIGHTS, CheckpointError, load_adapter
+from .card import card_from_record
+from .merge import export_refined
+
+RECORD = "run.json"
+ADAPTER = "adapter"
+PICTURE = "before_after.png"
+BASE_KEYS = (
+    "image_size",
+    "final_norm",
+    "register_fill",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+)
+
+
+class RunFolderError(ValueError):
+    """The folder holds no run that could be merged, or not of this base."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An adapter on disk and the record of the run it belongs to.
+
+    Attributes:
+        record: the content of ``run.json``; of a checkpoint, without what was only
+            known or measured at the end.
+        adapter: folder of the adapter.
+        pictures: files the card shows.
+    """
+
+    record: dict[str, Any]
+    adapter: Path
+    pictures: tuple[Path, ...]
+
+
+def read_run(folder: str | Path) -> RunFolder:
+    """Find the adapter and the record of a run.
+
+    Args:
+        folder: a finished run, or a ``checkpoint-N`` inside a run.
+
+    Raises:
+        RunFolderError: no record, no adapter, or a run that is not finished (names its
+            newest checkpoint).
+    """
+    folder = Path(folder).absolute()
+    checkpoint = folder.name.removeprefix("checkpoint-")
+    is_checkpoint = folder.name.startswith("checkpoint-") and checkpoint.isdigit()
+    run = folder.parent if is_checkpoint else folder
+    if not (run / RECORD).is_file():
+        raise RunFolderError(
+            f"{folder} is not a run: there is no {run / RECORD}. Name the output_dir of "
+            "a refinement, or a checkpoint-N inside it."
+        )
+    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+    if is_checkpoint:
+        adapter = folder
+        record = _at_checkpoint(record, int(checkpoint))
+    else:
+        adapter = run / ADAPTER
+        if not record["finished"]:
+            raise RunFolderError(
+                f"{run} is not finished: continue it with --resume, or merge one of its "
+                f"checkpoints ({_checkpoints(run)})."
+            )
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise RunFolderError(f"{adapter} holds no {ADAPTER_WEIGHTS}.")
+    picture = run / PICTURE
+    shown = picture.is_file() and not is_checkpoint
+    return RunFolder(record, adapter, (picture,) if shown else ())
+
+
+def _checkpoints(run: Path) -> str:
+    folders = sorted(run.glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1]))
+    return ", ".join(folder.name for folder in folders) or "it has none yet"
+
+
+def _at_checkpoint(record: dict[str, Any], step: int) -> dict[str, Any]:
+    """The record as of a checkpoint: nothing that was measured at another step."""
+    record = copy.deepcopy(record)
+    record["training"].update(steps=step, seconds=None)
+    record.update(losses={}, spurious_shares=None)
+    return record
+
+
+def merge_run(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    register_width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    native: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Load a run's base in float32, put its adapter on, merge, and write the result.
+
+    Args:
+        folder: as in `read_run`.
+        output: folder of the checkpoint; see `export_refined`, as for the last three.
+        model: Hub name or folder of the base, where it is not the recorded Hub name.
+        register_width: frame of the published model in patches; None: the run's.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        RunFolderError: as `read_run`; the base is not known where it lies; or the
+            adapter does not fit it.
+        ExportError: see `export_refined`.
+    """
+    run = read_run(folder)
+    base = _load(run, model)
+    config = base.model.config
+    config.register_width = _register_width(run, register_width, base)
+    run.record["model"]["register_width"] = config.register_width
+    images = {picture.name: Image.open(picture) for picture in run.pictures}
+    return export_refined(
+        base.model,
+        output,
+        image_processor=base.processor,
+        image_size=base.image_size,
+        card=card_from_record(run.record),
+        images=images,
+        dtype=dtype,
+        native=native,
+        overwrite=overwrite,
+    )
+
+
+def _load(run: RunFolder, model: str | None) -> Base:
+    recorded = run.record["model"]
+    name = recorded["base"]
+    if model is None and "/" not in name and name != STARTER:
+        raise RunFolderError(
+            f"The run started from a local model called {name!r}: say where it lies with "
+            "--model."
+        )
+    arguments = ModelArguments(
+        model=name if model is None else model,
+        revision=recorded["revision"] if model is None else None,
+        model_license=recorded["license"],
+        base_dtype="float32",
+        **{key: recorded[key] for key in BASE_KEYS},
+    )
+    try:
+        base = load_base(arguments)
+        load_adapter(base.model, run.adapter)
+    except CheckpointError as problem:
+        raise RunFolderError(
+            f"{arguments.model} is not the base of this run, which is {name}: {problem}"
+        ) from problem
+    return base
+
+
+def _register_width(run: RunFolder, asked: int | None, base: Base) -> int:
+    """Asked for, recorded at the end of the run, or that of training."""
+    recorded = run.record["model"]
+    if asked is not None:
+        return asked
+    if "register_width" in recorded:
+        return recorded["register_width"]
+    side = base.image_size // base.model.patch_size
+    return max(1, side // recorded["register_factor"])
