@@ -166,7 +166,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(objective):
     for checkpointing in (False, True):
         step = objective()
         if checkpointing:
-            step.gradient_checkpointing_enable({"use_reentrant": False})
+            step.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         torch.manual_seed(5)
         step(images(), progress=1.0)["loss"].backward()
         gradients.append([p.grad for p in step.parameters() if p.grad is not None])

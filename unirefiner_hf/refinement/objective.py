@@ -204,13 +204,16 @@ class UniRefinerObjective(nn.Module):
         self.channel_mask.copy_(channel_mask)
         self._reference_cache.clear()
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute the student's activations in the backward pass (transformers < 5.23).
+
+        Both names take the options of the tower's method of that name.
+        """
+        self.model.tower.gradient_checkpointing_enable(**options)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the student's activations in the backward pass."""
-        self.model.tower.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
-        )
+        self.model.tower.activation_checkpointing_enable(**options)
 
     def _losses(
         self,
