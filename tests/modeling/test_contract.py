@@ -11,6 +11,9 @@ from tests.modeling.test_towers import TEXT, VISION
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.registers import frame_pixels, register_mask
 
+# The name that every supported transformers has; 5.23 warns of a newer one.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 GRIDS = {"square": (4, 4), "oblong": (6, 5)}
 
 
@@ -235,7 +238,7 @@ def test_hidden_states_are_cropped(family):
         assert torch.equal(ours, cells[:, 1:7, 1:6].flatten(1, 2))
 
 
-@pytest.mark.parametrize(("wanted", "kept"), [(2, {2}), ([0, -1], {0, 3})])
+@pytest.mark.parametrize(("wanted", "kept"), [(2, {2}), (0, {0}), ([0, -1], {0, 3})])
 def test_selected_hidden_states(family, wanted, kept):
     model = make_model(family, layers=3)
     with torch.no_grad():
@@ -247,6 +250,11 @@ def test_selected_hidden_states(family, wanted, kept):
             assert torch.equal(state, every[index])
         else:
             assert state is None
+
+
+def test_hidden_state_out_of_range_is_named():
+    with pytest.raises(ValueError, match="asks for 3, but there are 3"):
+        make_model("dinov2")(images(), output_hidden_states=[0, 3])
 
 
 def test_attentions_are_cropped(family):
@@ -547,7 +555,7 @@ def test_encode_through_an_adapter(family):
 def test_gradient_reaches_only_adapters(family, checkpointing):
     model = wrap(make_model(family)).train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     encoded = model.encode(images(), 1, query_key_layers=(1,))
     queries, keys = encoded.queries_keys[1]
     loss = encoded.image.square().sum() + encoded.registers.square().sum()
@@ -564,7 +572,7 @@ def test_checkpointing_changes_no_gradient(family):
     for checkpointing in (False, True):
         model = wrap(make_model(family)).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.encode(images(), 1).image.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients):
@@ -574,7 +582,7 @@ def test_checkpointing_changes_no_gradient(family):
 def test_input_gradient_hook_for_reentrant_checkpointing(family):
     model = wrap(make_model(family)).train()
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     model.encode(images(), 1).image.square().sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
 

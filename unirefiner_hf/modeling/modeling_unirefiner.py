@@ -88,6 +88,7 @@ class _Pass:
     grid: tuple[int, int]
     width: int
     prefix: int
+    wanted_states: tuple[int, ...] | None  # None: every one that was recorded
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Image and register tokens of a full sequence ``(batch, tokens, channels)``."""
@@ -102,7 +103,13 @@ class _Pass:
         states = self.output.hidden_states
         if states is None:
             return None
-        return tuple(None if state is None else self.image(state) for state in states)
+        wanted = set(range(len(states)))
+        if self.wanted_states is not None:
+            wanted = {index % len(states) for index in self.wanted_states}
+        return tuple(
+            self.image(state) if index in wanted else None
+            for index, state in enumerate(states)
+        )
 
     def attentions(self) -> tuple[Tensor, ...] | None:
         maps = self.output.attentions
@@ -307,12 +314,14 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
                 "attn_implementation='eager' or call "
                 "model.set_attn_implementation('eager')."
             )
+        # Picked here: towers select states themselves from transformers 5.23 on only.
+        wanted = self._wanted_states(output_hidden_states)
         call: dict[str, Any] = {"return_dict": True}
         if self.family.interpolate:
             call["interpolate_pos_encoding"] = True
         output = self.tower(
             self._frame(pixel_values, width),
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=wanted is not None or bool(output_hidden_states),
             output_attentions=output_attentions,
             **call,
         )
@@ -325,7 +334,21 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
                 f"{columns} patches and {prefix} prefix tokens; expected "
                 f"{prefix + rows * columns}."
             )
-        return _Pass(output, grid, width, prefix)
+        return _Pass(output, grid, width, prefix, wanted)
+
+    def _wanted_states(self, request: Any) -> tuple[int, ...] | None:
+        """The hidden states that an int or list asks for; None for a flag."""
+        if request is None or isinstance(request, bool):
+            return None
+        wanted = (request,) if isinstance(request, int) else tuple(request)
+        count = self.config.num_hidden_layers + 1
+        wrong = [index for index in wanted if not -count <= index < count]
+        if wrong:
+            raise ValueError(
+                f"output_hidden_states asks for {wrong[0]}, but there are {count}: the "
+                f"embeddings and {count - 1} layers, 0 to {count - 1} or from -1 down."
+            )
+        return wanted
 
     def _split(self, passed: _Pass) -> tuple[Tensor, Tensor]:
         """Image and register tokens, through the last layer norm if configured."""

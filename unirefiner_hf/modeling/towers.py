@@ -31,7 +31,8 @@ class TowerFamily:
         pooling_head: path of a head that attends over all patch tokens, so that the
             pooled output has to be taken again without the frame. None: the pooled
             output is read from a prefix token, as the tower returns it.
-        pooling_head_field: config field that says whether the tower has that head.
+        pooling_head_field: config field that says whether the tower has that head; a
+            config without the field (SigLIP before transformers 5.23) has it.
         dual_encoder: ``model_type`` of image-text checkpoints that hold this tower.
         dual_encoder_rest: first parts of the weight names in such a checkpoint that
             belong to its other half.
@@ -60,9 +61,8 @@ class TowerFamily:
         """Whether a tower with this config has the head at `pooling_head`."""
         if self.pooling_head is None:
             return False
-        return self.pooling_head_field is None or getattr(
-            config, self.pooling_head_field
-        )
+        field = self.pooling_head_field
+        return field is None or not hasattr(config, field) or getattr(config, field)
 
 
 FAMILIES: dict[str, TowerFamily] = {
