@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,10 +30,10 @@ def merge_adapter(model: UniRefinerModel, dtype: torch.dtype = torch.float32) ->
     In place: afterwards `model.tower` is the plain tower, on the CPU. Weights that were
     loaded in a lower precision stay as coarse as they are.
     """
-    model.to("cpu", torch.float32)
+    model.cpu().float()
     if isinstance(model.tower, PeftModel):
         model.tower = model.tower.merge_and_unload()
-    model.to(dtype)
+    model.to(dtype)  # type: ignore[arg-type]
     model.config.vision_config = model.tower.config
 
 
@@ -111,7 +112,7 @@ def export_refined(
 
 def resized_processor(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
     """A copy that resizes whole images to ``size x size`` pixels, without cropping."""
-    resized = copy.deepcopy(processor)
+    resized: Any = copy.deepcopy(processor)
     resized.size = {"height": size, "width": size}
     resized.do_resize = True
     if hasattr(resized, "do_center_crop"):

@@ -14,7 +14,12 @@ from PIL import Image
 from ..starter import NAME as STARTER
 from ..training.arguments import ModelArguments
 from ..training.base import Base, load_base
-from ..training.trainer import ADAPTER_WEIGHTS, CheckpointError, load_adapter
+from ..training.trainer import (
+    ADAPTER_WEIGHTS,
+    CheckpointError,
+    load_adapter,
+    read_refiner_state,
+)
 from .card import card_from_record
 from .merge import export_refined
 
@@ -59,7 +64,7 @@ def read_run(folder: str | Path) -> RunFolder:
 
     Raises:
         RunFolderError: no record, no adapter, or a run that is not finished (names its
-            newest checkpoint).
+            checkpoints).
     """
     folder = Path(folder).absolute()
     checkpoint = folder.name.removeprefix("checkpoint-")
@@ -71,18 +76,18 @@ def read_run(folder: str | Path) -> RunFolder:
             "a refinement, or a checkpoint-N inside it."
         )
     record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-    if is_checkpoint:
-        adapter = folder
-        record = _at_checkpoint(record, int(checkpoint))
-    else:
-        adapter = run / ADAPTER
-        if not record["finished"]:
-            raise RunFolderError(
-                f"{run} is not finished: continue it with --resume, or merge one of its "
-                f"checkpoints ({_checkpoints(run)})."
-            )
+    adapter = folder if is_checkpoint else run / ADAPTER
+    if not is_checkpoint and not record["finished"]:
+        raise RunFolderError(
+            f"{run} is not finished: continue it with --resume, or merge one of its "
+            f"checkpoints ({_checkpoints(run)})."
+        )
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise RunFolderError(f"{adapter} holds no {ADAPTER_WEIGHTS}.")
+    if is_checkpoint:
+        record = _at_checkpoint(record, int(checkpoint))
+        skipped = read_refiner_state(folder)["skipped"]
+        record["data"].setdefault("skipped", skipped)
     picture = run / PICTURE
     shown = picture.is_file() and not is_checkpoint
     return RunFolder(record, adapter, (picture,) if shown else ())

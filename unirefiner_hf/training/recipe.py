@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from enum import EnumMeta
+from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -222,10 +222,8 @@ def _type_name(annotation: Any) -> str:
         return "null"
     if _is_union(annotation):
         return " or ".join(_type_name(part) for part in get_args(annotation))
-    if isinstance(annotation, EnumMeta):
-        return " or ".join(
-            repr(member.value) for member in annotation.__members__.values()
-        )
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " or ".join(repr(member.value) for member in annotation)
     if get_origin(annotation) is None:
         return annotation.__name__
     return str(annotation)
