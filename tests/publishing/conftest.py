@@ -43,14 +43,14 @@ RECORD: dict[str, Any] = {
         "register_width": 2,
     },
     "data": {
-        "source": "photos",
+        "source": "made-up photos",
         "split": "train",
         "max_images": None,
         "seed": 42,
         "images": 12,
         "skipped": {"broken.jpg": "not an image"},
     },
-    "method": {"name": "unirefiner", "num_crops": 3, "lazy_channels": []},
+    "method": {"name": "unirefiner", "num_crops": 3, "fpgp_cosine": None},
     "training": {
         "optimizer": "adamw_torch_fused",
         "learning_rate": 1e-4,
@@ -108,7 +108,7 @@ def make_refined(family: str, *, seed: int = 0, **options: Any) -> UniRefinerMod
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or name == "register_patch":
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 

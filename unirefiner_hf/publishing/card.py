@@ -136,4 +136,4 @@ def render_card(
         pictures=list(pictures),
         native=native,
     )
-    return str(rendered)
+    return str(rendered).rstrip() + "\n"
