@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run([word for word in words if word != "--traceback"])
     except KeyboardInterrupt as stop:
-        print(f"unirefiner: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"unirefiner: {str(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if not _is_users(error):
