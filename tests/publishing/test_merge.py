@@ -148,6 +148,7 @@ def test_the_processor_resizes_whole_images_to_the_refined_size(family, tmp_path
     got = processor(image, return_tensors="pt")["pixel_values"][0]
     wanted = preprocess(image, (SIZE, SIZE), processor.image_mean, processor.image_std)
     assert got.shape == (3, SIZE, SIZE)
+    assert not processor.do_center_crop
     assert (got - wanted).abs().max() < 0.05
 
 
