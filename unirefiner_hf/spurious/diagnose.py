@@ -80,6 +80,7 @@ def diagnose(
     *,
     register_width: int | None = None,
     thresholds: Thresholds | None = None,
+    channel_mask: Tensor | None = None,
     side: str = "right",
 ) -> Diagnosis:
     """Find a model's spurious tokens by the filters of training, on whole images.
@@ -95,6 +96,7 @@ def diagnose(
         thresholds: judge by these instead of by this model's own statistics. The
             adaptive thresholds follow the mean of each image, so the adaptive shares
             of two models differ little; shares at one model's thresholds do.
+        channel_mask: ``(hidden,)``, 0 for lazy channels, which no cosine takes in.
 
     Raises:
         ValueError: sizes off the patch grid.
@@ -116,7 +118,7 @@ def diagnose(
     grid = (size[0] // patch, size[1] // patch)
 
     def unit(tokens: Tensor) -> Tensor:
-        return similarity.unit_tokens(tokens)
+        return similarity.unit_tokens(tokens, channel_mask)
 
     unrelated = unit(model.encode(reference, register_width).image)
     composite = add_strip(pixel_values, reference, side, patch, ratio)

@@ -77,6 +77,8 @@ class RefinementImages(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         skipped: list[str] = []
         for offset in range(len(self)):
             number = (index + offset) % len(self)
@@ -260,7 +262,9 @@ def _open_stream(
         out: dict[str, list[Any]] = {"pixel_values": [], "skipped": []}
         for value, number in zip(batch[image_column], indices, strict=True):
             try:
-                pixels = to_pixels(_source(value), f"{report.source}[{number}]")
+                pixels = to_pixels(
+                    _source(value), f"{report.source} (number {number} of the stream)"
+                )
             except ImageError as problem:
                 pending.append(str(problem))
                 continue

@@ -64,6 +64,7 @@ def compare(
     reference: Tensor,
     filters: FilterSettings,
     register_width: int,
+    channel_mask: Tensor | None = None,
 ) -> Comparison:
     """Diagnose the tower with its adapter off and bare, then on and framed.
 
@@ -72,6 +73,7 @@ def compare(
         images: ``(3, height, width)`` each, normalised, all of one size.
         reference: ``(1, 3, height, width)``, normalised.
         register_width: frame of the refined tower in patches.
+        channel_mask: ``(hidden,)``, 0 for the lazy channels of the training.
     """
     height, width = images[0].shape[-2:]
     grid = (height // model.patch_size, width // model.patch_size)
@@ -80,7 +82,14 @@ def compare(
         for image in images:
             batch = image.unsqueeze(0).to(reference)
             with _adapter_off(model):
-                base = diagnose(model, batch, reference, filters, register_width=0)
+                base = diagnose(
+                    model,
+                    batch,
+                    reference,
+                    filters,
+                    register_width=0,
+                    channel_mask=channel_mask,
+                )
                 base_tokens = model.encode(batch, 0).image[0]
             refined = diagnose(
                 model,
@@ -89,9 +98,15 @@ def compare(
                 filters,
                 register_width=register_width,
                 thresholds=base.thresholds,
+                channel_mask=channel_mask,
             )
             own = diagnose(
-                model, batch, reference, filters, register_width=register_width
+                model,
+                batch,
+                reference,
+                filters,
+                register_width=register_width,
+                channel_mask=channel_mask,
             )
             tokens = model.encode(batch, register_width)
             comparison.base.append(base)

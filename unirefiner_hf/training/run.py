@@ -186,7 +186,8 @@ def _finish(
     images: dict[str, Image.Image] = {}
     if shown:
         device = trainer.args.device
-        comparison = compare(model, shown, reference.to(device), settings, width)
+        mask = trainer.objective.channel_mask
+        comparison = compare(model, shown, reference.to(device), settings, width, mask)
         record["spurious_shares"] = comparison.shares()
         record["spurious_shares"]["images"] = len(shown)
         mean, std = base.processor.image_mean, base.processor.image_std
