@@ -20,6 +20,7 @@ from tests.publishing.conftest import (
     make_refined,
     pixels,
 )
+from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.cli import main
 from unirefiner_hf.images import preprocess
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
@@ -309,3 +310,24 @@ def test_the_verb(save_run, tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("unirefiner", "float32")
+
+
+def test_a_real_run_merges_into_what_it_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_tower(tmp_path / "tiny-tower")
+    save_images(tmp_path / "photos", count=6)
+    recipe = {"model": "tiny-tower", "data": "photos", "output_dir": "run"}
+    recipe |= {"image_size": 24, "max_steps": 2, "save_steps": 1, "use_cpu": "true"}
+    recipe |= {"per_device_train_batch_size": 2, "report_images": 2}
+    options = [f"--{name}={value}" for name, value in recipe.items()]
+    assert main(["refine", *options]) == 0
+    merge = ["merge", "--model", "tiny-tower", "--output"]
+    assert main([*merge, "again", "run"]) == 0
+    assert main([*merge, "early", "run/checkpoint-1"]) == 0
+    left, again = tmp_path / "run" / "merged", tmp_path / "again"
+    assert {p.name for p in left.iterdir()} == {p.name for p in again.iterdir()}
+    for path in left.iterdir():
+        if path.suffix != ".png":
+            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    early = (tmp_path / "early" / "model.safetensors").read_bytes()
+    assert early != (left / "model.safetensors").read_bytes()
