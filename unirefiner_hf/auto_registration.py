@@ -6,15 +6,19 @@ imports them: at once if they are loaded, else right after they load.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
 MODELING_AUTO = "transformers.models.auto.modeling_auto"
+CONFIGURATION = f"{__package__}.modeling.configuration_unirefiner"
+MODELING = f"{__package__}.modeling.modeling_unirefiner"
 
 
 def register_config() -> None:
@@ -38,15 +42,31 @@ def register_models() -> None:
 
 
 def register() -> None:
-    """Register now where the Auto classes are loaded, else when they load."""
-    for name, action in (
-        (CONFIGURATION_AUTO, register_config),
-        (MODELING_AUTO, register_models),
+    """Have our classes registered whichever side is imported first.
+
+    Once transformers' Auto classes are loaded, our module is imported; once our module
+    is imported, its classes are registered. A module that is already being imported is
+    left to finish, and registered then.
+    """
+    for auto, ours, action in (
+        (CONFIGURATION_AUTO, CONFIGURATION, register_config),
+        (MODELING_AUTO, MODELING, register_models),
     ):
-        if name in sys.modules:
-            action()
-        else:
-            sys.meta_path.insert(0, _AfterImport(name, action))
+        _after_import(ours, action)
+        _after_import(auto, partial(_import_unless_started, ours))
+
+
+def _import_unless_started(name: str) -> None:
+    if name not in sys.modules:
+        importlib.import_module(name)
+
+
+def _after_import(name: str, action: Callable[[], None]) -> None:
+    """Run an action now if the module is loaded, else right after it loads."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, action))
 
 
 class _AfterImport(MetaPathFinder):

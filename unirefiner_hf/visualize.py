@@ -201,7 +201,11 @@ def _spurious_map(
     return marked
 
 
-def _legend(draw: ImageDraw.ImageDraw, y: int, font: ImageFont.ImageFont) -> None:
+def _legend(
+    draw: ImageDraw.ImageDraw,
+    y: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
     x = _MARGIN
     for colour, text in (
         (FPGP_COLOUR, "fixed pattern or global proxy (FP-GP)"),
@@ -210,4 +214,4 @@ def _legend(draw: ImageDraw.ImageDraw, y: int, font: ImageFont.ImageFont) -> Non
         draw.rectangle((x, y + 3, x + 12, y + 15), fill=colour)
         draw.text((x + 18, y), text, fill=_INK, font=font)
         x += 36 + int(draw.textlength(text, font=font))
-    draw.text((x, y), "both maps at the base's thresholds", fill=_INK, font=font)
+    draw.text((x, y), "both measured by the base's limits", fill=_INK, font=font)

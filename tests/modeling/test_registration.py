@@ -63,3 +63,24 @@ def test_public_names():
     assert set(unirefiner_hf.__all__) <= set(dir(unirefiner_hf))
     with pytest.raises(AttributeError, match="teapot"):
         getattr(unirefiner_hf, "teapot")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from unirefiner_hf import UniRefinerModel",
+        "from unirefiner_hf import UniRefinerConfig",
+        "from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerBackbone",
+        "from transformers import AutoConfig; import unirefiner_hf",
+    ],
+)
+def test_any_first_import_in_a_fresh_process_registers(first):
+    code = f"""{first}
+from transformers import AutoBackbone, AutoConfig, AutoModel
+tower = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=1,
+             num_attention_heads=2, image_size=16, patch_size=4)
+config = AutoConfig.for_model("unirefiner", vision_config=tower)
+print(type(AutoModel.from_config(config)).__name__)
+print(type(AutoBackbone.from_config(config)).__name__)
+"""
+    assert python(code).split() == ["UniRefinerModel", "UniRefinerBackbone"]

@@ -70,7 +70,7 @@ RECORD: dict[str, Any] = {
     "spurious_shares": {
         "before": {"fpgp": 0.25, "ah": 0.125, "spurious": 0.375},
         "after": {"fpgp": 0.125, "ah": 0.1, "spurious": 0.2},
-        "after_own_thresholds": {"fpgp": 0.3, "ah": 0.1, "spurious": 0.4},
+        "after_own_yardstick": {"fpgp": 0.3, "ah": 0.1, "spurious": 0.4},
         "images": 8,
     },
     "finished": True,

@@ -44,18 +44,18 @@ def test_a_token_copied_from_the_reference_is_found(images):
     assert found.fpgp.nonzero().tolist() == [[0, 8]]
 
 
-def test_thresholds_of_another_model_are_used(images):
+def test_the_yardstick_of_another_model_is_used(images):
     model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
     base = diagnose(model, images, REFERENCE, register_width=0)
     again = diagnose(
-        model, images, REFERENCE, register_width=0, thresholds=base.thresholds
+        model, images, REFERENCE, register_width=0, yardstick=base.yardstick
     )
     assert torch.equal(again.spurious, base.spurious)
     strict = diagnose(
         model, images, REFERENCE, FilterSettings(fpgp_sigma=-9.0), register_width=0
     )
     judged = diagnose(
-        model, images, REFERENCE, register_width=0, thresholds=strict.thresholds
+        model, images, REFERENCE, register_width=0, yardstick=strict.yardstick
     )
     assert strict.fpgp.all() and judged.fpgp.all()
 

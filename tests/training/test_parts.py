@@ -116,7 +116,7 @@ def test_an_untrained_adapter_changes_nothing_but_the_frame():
     reference = torch.randn(1, 3, 16, 24)
     same = compare(model, images, reference, FilterSettings(), register_width=0)
     shares = same.shares()
-    assert shares["before"] == shares["after"] == shares["after_own_thresholds"]
+    assert shares["before"] == shares["after"] == shares["after_own_yardstick"]
     assert torch.equal(same.base_tokens[0], same.refined_tokens[0])
     framed = compare(model, images, reference, FilterSettings(), register_width=1)
     assert framed.refined_tokens[0].shape == (6 * 8, 32)

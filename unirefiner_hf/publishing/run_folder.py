@@ -181,7 +181,8 @@ def _register_width(run: RunFolder, asked: int | None, base: Base) -> int:
     recorded = run.record["model"]
     if asked is not None:
         return asked
-    if "register_width" in recorded:
-        return recorded["register_width"]
+    for key in ("register_width", "inference_register_width"):
+        if recorded.get(key) is not None:
+            return recorded[key]
     side = base.image_size // base.model.patch_size
     return max(1, side // recorded["register_factor"])

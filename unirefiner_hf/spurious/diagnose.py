@@ -15,19 +15,23 @@ from .settings import FilterSettings
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """Values from which a token counts as spurious.
+class Yardstick:
+    """What a model's tokens were measured against, to measure another model's alike.
 
     Attributes:
-        reference: ``(batch, 1)``, cosine to the reference image's tokens.
-        strip: ``(batch, 1)``, cosine to the strip's tokens inside the composite.
-        inflow: scalar, attention inflow below which a token is hijacked, where 1 is the
-            mean of the tokens that are neither fixed patterns nor global proxies.
+        reference: ``(1, others, hidden)``, L2-normalised tokens of the reference image.
+        strip: ``(batch, others, hidden)``, those of its strip in the composites.
+        reference_limit: ``(batch, 1)``, cosine from which a token resembles `reference`.
+        strip_limit: ``(batch, 1)``, cosine from which it resembles `strip`.
+        inflow_limit: scalar, attention inflow below which a token is hijacked, where 1 is
+            the mean of the tokens that are neither fixed patterns nor global proxies.
     """
 
     reference: Tensor
     strip: Tensor
-    inflow: Tensor
+    reference_limit: Tensor
+    strip_limit: Tensor
+    inflow_limit: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Diagnosis:
         ah: bool, attention hijackees among the rest.
         similarity: highest cosine to an unrelated token (reference or strip).
         inflow: attention received, 1 for the mean of the tokens not in `fpgp`.
-        thresholds: the values used, to judge another model by the same.
+        yardstick: what the tokens were measured against.
         grid: rows and columns of patches.
     """
 
@@ -47,7 +51,7 @@ class Diagnosis:
     ah: Tensor
     similarity: Tensor
     inflow: Tensor
-    thresholds: Thresholds
+    yardstick: Yardstick
     grid: tuple[int, int]
 
     @property
@@ -79,7 +83,7 @@ def diagnose(
     settings: FilterSettings | None = None,
     *,
     register_width: int | None = None,
-    thresholds: Thresholds | None = None,
+    yardstick: Yardstick | None = None,
     channel_mask: Tensor | None = None,
     side: str = "right",
 ) -> Diagnosis:
@@ -93,9 +97,10 @@ def diagnose(
         reference: ``(1, 3, any height, any width)``, normalised.
         settings: settings of the filters; where `ah_layers` is unset, `middle_layers`.
         register_width: frame in patches; None takes the model's own, 0 its bare tower.
-        thresholds: judge by these instead of by this model's own statistics. The
-            adaptive thresholds follow the mean of each image, so the adaptive shares
-            of two models differ little; shares at one model's thresholds do.
+        yardstick: measure by another model's, on the same images, instead of by this
+            model's own tokens and statistics. A refined tower's tokens are trained to lie
+            among its base's, so the base's yardstick tells what changed; a model's own
+            limits follow the mean of each image and reject a similar share of any model.
         channel_mask: ``(hidden,)``, 0 for lazy channels, which no cosine takes in.
 
     Raises:
@@ -120,20 +125,25 @@ def diagnose(
     def unit(tokens: Tensor) -> Tensor:
         return similarity.unit_tokens(tokens, channel_mask)
 
-    unrelated = unit(model.encode(reference, register_width).image)
-    composite = add_strip(pixel_values, reference, side, patch, ratio)
-    encoded = model.encode(composite, register_width, query_key_layers=layers)
+    composites = add_strip(pixel_values, reference, side, patch, ratio)
+    encoded = model.encode(composites, register_width, query_key_layers=layers)
     image, strip = split_strip(unit(encoded.image), grid, side, ratio)
+    if yardstick is not None:
+        unrelated, strip = yardstick.reference, yardstick.strip
+    else:
+        unrelated = unit(model.encode(reference, register_width).image)
     to_reference = similarity.highest_cosine(image, unrelated)
     to_strip = similarity.highest_cosine(image, strip)
-
-    own_reference = similarity.similarity_threshold(to_reference, settings.fpgp_sigma)
-    own_strip = similarity.similarity_threshold(to_strip, settings.fpgp_sigma)
-    if settings.fpgp_cosine is not None:
-        own_reference = torch.full_like(own_reference, settings.fpgp_cosine)
-        own_strip = torch.full_like(own_strip, settings.fpgp_cosine)
-    limits = thresholds or Thresholds(own_reference, own_strip, torch.tensor(0.0))
-    fpgp = (to_reference >= limits.reference) | (to_strip >= limits.strip)
+    if yardstick is not None:
+        reference_limit, strip_limit = yardstick.reference_limit, yardstick.strip_limit
+    elif settings.fpgp_cosine is not None:
+        reference_limit = to_reference.new_full((len(image), 1), settings.fpgp_cosine)
+        strip_limit = reference_limit
+    else:
+        sigma = settings.fpgp_sigma
+        reference_limit = similarity.similarity_threshold(to_reference, sigma)
+        strip_limit = similarity.similarity_threshold(to_strip, sigma)
+    fpgp = (to_reference >= reference_limit) | (to_strip >= strip_limit)
 
     flow = [
         tuple(split_strip(projection, grid, side, ratio)[0] for projection in pair)
@@ -147,14 +157,14 @@ def diagnose(
     )
     if not fpgp.all():
         inflow = inflow / inflow[~fpgp].mean()
-    if thresholds is None:
+    if yardstick is None:
         limit = attention_flow.inflow_threshold(inflow, fpgp, settings.ah_sigma)
-        limits = Thresholds(own_reference, own_strip, limit)
+        yardstick = Yardstick(unrelated, strip, reference_limit, strip_limit, limit)
     return Diagnosis(
         fpgp=fpgp,
-        ah=(inflow < limits.inflow) & ~fpgp,
+        ah=(inflow < yardstick.inflow_limit) & ~fpgp,
         similarity=torch.maximum(to_reference, to_strip),
         inflow=inflow,
-        thresholds=limits,
+        yardstick=yardstick,
         grid=grid,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -27,11 +28,14 @@ class Base:
 
     Attributes:
         name: Hub id, or the last part of a local path; safe to publish.
+        mean, std: of each channel, as the image processor normalises.
         license: as the model's card or the user says; None if neither does.
     """
 
     model: UniRefinerModel
     processor: BaseImageProcessor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     name: str
     license: str | None
     image_size: int
@@ -76,7 +80,26 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         dropout=model_args.lora_dropout,
         name=name,
     )
-    return Base(model, processor, name, license_name or _license(source), image_size)
+    mean, std = _normalisation(processor, name)
+    return Base(
+        model=model,
+        processor=processor,
+        mean=mean,
+        std=std,
+        name=name,
+        license=license_name or _license(source),
+        image_size=image_size,
+    )
+
+
+def _normalisation(processor: Any, name: str) -> tuple[tuple[float, ...], ...]:
+    settings = processor.to_dict()
+    if not settings.get("image_mean") or not settings.get("image_std"):
+        raise BaseError(
+            f"The image processor of {name} states no image_mean and image_std: add them "
+            "to its preprocessor_config.json."
+        )
+    return tuple(settings["image_mean"]), tuple(settings["image_std"])
 
 
 def _final_norm(model_args: ModelArguments, tower: PreTrainedModel) -> bool:

@@ -302,9 +302,11 @@ def _subset(total: int, count: int, seed: int) -> list[int]:
     return sorted(torch.randperm(total, generator=generator)[:count].tolist())
 
 
-def sample_images(dataset: Any, count: int) -> list[Tensor]:
+def sample_images(
+    dataset: RefinementImages | datasets.IterableDataset, count: int
+) -> list[Tensor]:
     """Pixels of some images: evenly spaced in the data set, the first of a stream."""
-    if isinstance(dataset, Dataset):
+    if isinstance(dataset, RefinementImages):
         count = min(count, len(dataset))
         numbers = [index * len(dataset) // count for index in range(count)]
         return [dataset[number]["pixel_values"] for number in numbers]

@@ -49,7 +49,7 @@ def add_adapter(
         target_modules=lora_targets(tower),
     )
     wrapped = get_peft_model(tower, config)
-    base = tower.name_or_path if name is None else name
+    base = str(tower.name_or_path) if name is None else name
     if Path(base).is_absolute() or Path(base).exists():
         base = Path(base).name
     wrapped.peft_config["default"].base_model_name_or_path = base

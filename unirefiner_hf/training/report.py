@@ -24,9 +24,9 @@ class Comparison:
     """The base and the refined tower on the same images, one entry an image.
 
     Attributes:
-        base: the bare tower judged by its own thresholds.
-        refined: the refined tower with its frame, judged by the base's thresholds.
-        refined_own: the refined tower judged by its own thresholds.
+        base: the bare tower, measured by its own yardstick.
+        refined: the refined tower with its frame, measured by the base's yardstick.
+        refined_own: the refined tower, measured by its own.
         base_tokens: ``(patches, hidden)`` of the bare tower.
         refined_tokens: ``((h+2R)*(w+2R), hidden)``, the frame's tokens among them.
     """
@@ -42,14 +42,14 @@ class Comparison:
     def shares(self) -> dict[str, dict[str, float]]:
         """Mean share of spurious tokens by filter.
 
-        ``before`` is the bare tower; ``after`` the refined tower at the thresholds of
-        the base; ``after_own_thresholds`` at thresholds from its own statistics, which
+        ``before`` is the bare tower; ``after`` the refined tower, measured against the
+        base's unrelated tokens and limits; ``after_own_yardstick`` against its own, which
         reject a similar share of any tower's tokens.
         """
         return {
             "before": _mean_shares(self.base),
             "after": _mean_shares(self.refined),
-            "after_own_thresholds": _mean_shares(self.refined_own),
+            "after_own_yardstick": _mean_shares(self.refined_own),
         }
 
 
@@ -97,7 +97,7 @@ def compare(
                 reference,
                 filters,
                 register_width=register_width,
-                thresholds=base.thresholds,
+                yardstick=base.yardstick,
                 channel_mask=channel_mask,
             )
             own = diagnose(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import set_seed
+from transformers import SchedulerType, set_seed
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..images import default_reference, denormalise, load_rgb, preprocess
@@ -38,6 +39,7 @@ from .report import compare, figure
 from .trainer import (
     RefinementTrainer,
     last_checkpoint_step,
+    load_adapter,
     read_refiner_state,
     save_adapter,
 )
@@ -76,11 +78,11 @@ def refine(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
         NonFiniteLossError, CheckpointError, ImageError: see there.
     """
-    run = Path(args.output_dir)
+    run = Path(str(args.output_dir))
     checkpoint = _checkpoint_to_resume(run, args.resume)
     set_seed(args.seed)
-    base = load_base(model_args, bf16=args.bf16)
-    mean, std = base.processor.image_mean, base.processor.image_std
+    base = load_base(model_args, bf16=bool(args.bf16))
+    mean, std = base.mean, base.std
     size = (base.image_size, base.image_size)
     dataset = build_dataset(
         _photographs() if data_args.data == "starter" else data_args.data,
@@ -104,9 +106,8 @@ def refine(
     )
     reference = preprocess(picture, size, mean, std).unsqueeze(0)
 
-    model = base.model.to(args.device)
     objective = UniRefinerObjective(
-        model, settings, reference, model_args.register_factor
+        base.model, settings, reference, model_args.register_factor
     ).to(args.device)
     lazy = _lazy_channels(objective, dataset, settings, checkpoint)
     shown = sample_images(dataset, data_args.report_images)
@@ -125,7 +126,7 @@ def refine(
     if args.snapshot_steps and shown:
         width = objective.register_width(*size)
         snapshots = Snapshots(
-            model, shown, width, run / "snapshots", args.snapshot_steps
+            base.model, shown, width, run / "snapshots", args.snapshot_steps
         )
         trainer.add_callback(snapshots)
 
@@ -175,8 +176,8 @@ def _finish(
     record: dict[str, Any],
 ) -> None:
     """Adapter, comparison, picture, record and the merged checkpoint."""
-    model = trainer.objective.model.eval()
-    width = trainer.objective.register_width(base.image_size, base.image_size)
+    model = trainer.refiner.model.eval()
+    width = trainer.refiner.register_width(base.image_size, base.image_size)
     if model_args.inference_register_width is not None:
         width = model_args.inference_register_width
     model.config.register_width = width
@@ -186,12 +187,11 @@ def _finish(
     images: dict[str, Image.Image] = {}
     if shown:
         device = trainer.args.device
-        mask = trainer.objective.channel_mask
+        mask = trainer.refiner.channel_mask
         comparison = compare(model, shown, reference.to(device), settings, width, mask)
         record["spurious_shares"] = comparison.shares()
         record["spurious_shares"]["images"] = len(shown)
-        mean, std = base.processor.image_mean, base.processor.image_std
-        pictures = [denormalise(pixels, mean, std) for pixels in shown]
+        pictures = [denormalise(pixels, base.mean, base.std) for pixels in shown]
         images["before_after.png"] = figure(comparison, pictures)
         images["before_after.png"].save(run / "before_after.png")
     metrics = {
@@ -203,6 +203,13 @@ def _finish(
     }
     write_json(run / "metrics.json", metrics)
     write_json(run / RECORD, {**record, "finished": True})
+    if next(model.parameters()).dtype != torch.float32:
+        # The merge is in float32, from the base's own weights.
+        whole = dataclasses.replace(model_args, base_dtype="float32")
+        width = model.config.register_width
+        model = load_base(whole).model
+        model.config.register_width = width
+        load_adapter(model, run / "adapter")
     export_refined(
         model,
         run / "merged",
@@ -298,6 +305,7 @@ def _record(
             "final_norm": base.model.config.final_norm,
             "register_factor": model_args.register_factor,
             "register_fill": model_args.register_fill,
+            "inference_register_width": model_args.inference_register_width,
             "lora_rank": model_args.lora_rank,
             "lora_alpha": model_args.lora_alpha,
             "lora_dropout": model_args.lora_dropout,
@@ -310,9 +318,9 @@ def _record(
         },
         "method": {"name": "unirefiner", **dataclasses.asdict(settings)},
         "training": {
-            "optimizer": args.optim.value,
+            "optimizer": OptimizerNames(args.optim).value,
             "weight_decay": args.weight_decay,
-            "schedule": args.lr_scheduler_type.value,
+            "schedule": SchedulerType(args.lr_scheduler_type).value,
             "precision": "bfloat16" if args.bf16 else "float32",
             "processes": args.world_size,
             "hardware": _hardware(args.device),

@@ -19,7 +19,8 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..refinement.objective import FILTERS, LOSS_TERMS
+from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..refinement.objective import FILTERS, LOSS_TERMS, UniRefinerObjective
 from .callbacks import GracefulStop, RefinementProgress
 from .state_tree import load_tree, random_states, restore_random_states, save_tree
 
@@ -78,9 +79,14 @@ class RefinementTrainer(Trainer):
             self.add_callback(PrinterCallback)
 
     @property
-    def objective(self) -> nn.Module:
+    def refiner(self) -> UniRefinerObjective:
         """The objective without the wrappers of DDP, DeepSpeed or torch.compile."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(str(self.args.output_dir))
 
     def compute_loss(
         self,
@@ -122,7 +128,7 @@ class RefinementTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        step = last_checkpoint_step(Path(self.args.output_dir))
+        step = last_checkpoint_step(self.folder)
         if step is None:
             return "There is no checkpoint yet."
         return f"The last good checkpoint is checkpoint-{step}."
@@ -197,11 +203,11 @@ class RefinementTrainer(Trainer):
     ) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.folder
         folder.mkdir(parents=True, exist_ok=True)
         if state_dict is not None:
             state_dict = _below(state_dict, "model.")
-        save_adapter(self.objective.model, folder, state_dict)
+        save_adapter(self.refiner.model, folder, state_dict)
         state = {"lazy_channels": self.lazy_channels, "skipped": self.skipped}
         (folder / REFINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
 
@@ -209,16 +215,15 @@ class RefinementTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
-        load_adapter(self.objective.model, folder)
+        load_adapter(self.refiner.model, folder)
         self.skipped.update(read_refiner_state(folder)["skipped"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            folder = Path(output_dir)
-            save_tree(self.optimizer.state_dict(), folder / OPTIMIZER_STATE)
-            save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER_STATE)
+            for state, name in self._stateful:
+                save_tree(state.state_dict(), Path(output_dir) / name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -226,9 +231,15 @@ class RefinementTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        folder = Path(checkpoint)
-        self.optimizer.load_state_dict(load_tree(folder / OPTIMIZER_STATE))
-        self.lr_scheduler.load_state_dict(load_tree(folder / SCHEDULER_STATE))
+        for state, name in self._stateful:
+            state.load_state_dict(load_tree(Path(checkpoint) / name))
+
+    @property
+    def _stateful(self) -> list[tuple[Any, str]]:
+        return [
+            (self.optimizer, OPTIMIZER_STATE),
+            (self.lr_scheduler, SCHEDULER_STATE),
+        ]
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -251,7 +262,7 @@ class RefinementTrainer(Trainer):
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None
+    model: UniRefinerModel, folder: Path, state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """Write the tower's adapter as PEFT does, and the learnable frame beside it.
 
@@ -260,8 +271,8 @@ def save_adapter(
         state_dict: the model's gathered weights where they are sharded.
     """
     tower: PeftModel = model.tower
-    weights = get_peft_model_state_dict(
-        tower, state_dict=None if state_dict is None else _below(state_dict, "tower.")
+    weights = adapter_weights(
+        tower, None if state_dict is None else _below(state_dict, "tower.")
     )
     weights = {
         name: value.detach().cpu().contiguous() for name, value in weights.items()
@@ -271,13 +282,21 @@ def save_adapter(
     config.inference_mode = True
     config.save_pretrained(str(folder))
     if model.config.register_fill == "learnable":
-        patch = (
-            model.register_patch if state_dict is None else state_dict["register_patch"]
-        )
-        save_file({"register_patch": patch.detach().cpu()}, folder / REGISTER_PATCH)
+        gathered = dict(model.named_parameters()) if state_dict is None else state_dict
+        patch = gathered["register_patch"].detach().cpu()
+        save_file({"register_patch": patch}, folder / REGISTER_PATCH)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def adapter_weights(
+    tower: PeftModel, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter's weights under the names PEFT saves; no look-up of the base's files."""
+    return get_peft_model_state_dict(
+        tower, state_dict=state_dict, save_embedding_layers=False
+    )
+
+
+def load_adapter(model: UniRefinerModel, folder: Path) -> None:
     """Read an adapter (and learnable frame) that `save_adapter` wrote.
 
     Raises:
@@ -287,7 +306,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{folder.name} holds no {ADAPTER_WEIGHTS}.")
     weights = load_file(file)
-    expected = get_peft_model_state_dict(model.tower)
+    expected = adapter_weights(model.tower)
     wrong = [
         name
         for name in sorted(weights.keys() | expected.keys())
@@ -307,7 +326,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             safe_open(folder / REGISTER_PATCH, framework="pt") as patch,
             torch.no_grad(),
         ):
-            model.register_patch.copy_(patch.get_tensor("register_patch"))
+            learned = dict(model.named_parameters())["register_patch"]
+            learned.copy_(patch.get_tensor("register_patch"))
 
 
 def read_refiner_state(folder: Path) -> dict[str, Any]:
