@@ -1,6 +1,6 @@
 """Train a UperNet head on a refined tower, the way a segmentation team would start.
 
-    python examples/segmentation_backbone.py demo_out/merged
+    python examples/segmentation_backbone.py demo_out/merged [STEPS]
 
 Replace `batches` by your own loader of normalised images and label maps. The tower stays
 frozen; only the head learns.
@@ -51,4 +51,4 @@ def main(checkpoint: str, steps: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1], *map(int, sys.argv[2:3]))

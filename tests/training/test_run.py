@@ -10,10 +10,12 @@ import textwrap
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel
 
 from tests.conftest import make_tiny_tower
@@ -275,6 +277,29 @@ def test_bfloat16_keeps_the_adapter_in_float32(arguments):
     assert all(value.dtype == torch.float32 for value in adapter(run).values())
     record = json.loads((run / "run.json").read_text())
     assert record["training"]["precision"] == "bfloat16"
+
+
+def test_a_stream_is_trained_on(arguments, image_folder, tmp_path):
+    rows = [
+        {"image": {"bytes": p.read_bytes(), "path": None}}
+        for p in image_folder.iterdir()
+    ]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    stream = {"data": str(tmp_path / "x.parquet"), "streaming": True}
+    run = refine(*arguments(data=stream, max_steps=3))
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 3
+
+
+def test_metrics_reach_tensorboard(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    refine(*arguments(max_steps=2, report_to=["tensorboard"]))
+    events = EventAccumulator(str(next((tmp_path / "events").rglob("*tfevents*"))))
+    tags = events.Reload().Tags()["scalars"]
+    for name in ("loss", "loss_regu", "clean_ratio", "rejected_ah"):
+        assert f"train/{name}" in tags
 
 
 @pytest.mark.parametrize("fill", ["randn", "learnable"])

@@ -23,8 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", metavar="FOLDER", help="your own images: folder, file or Hub id"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps")
+    parser.add_argument(
+        "--size", type=_positive, metavar="PIXELS", help="side of the images"
+    )
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> None:
