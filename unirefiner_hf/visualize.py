@@ -116,7 +116,8 @@ class FigureRow:
 def before_after_figure(rows: Sequence[FigureRow], cell: int = 224) -> Image.Image:
     """A picture with a row an image: image, PCA before, PCA after, spurious tokens.
 
-    Both PCA maps of a row share one basis, fitted on the image's tokens before and after;
+    Both PCA maps of a row share one basis, fitted on the image's tokens before and after,
+    each around its own mean;
     the refined map shows the frame, outside the white line. `cell` is a column's width in
     pixels.
 
@@ -159,10 +160,12 @@ def _row_cells(row: FigureRow, cell: int) -> list[Image.Image]:
     framed = (rows + 2 * width, columns + 2 * width)
     inside = row.after.unflatten(0, framed)
     inside = inside[width : width + rows, width : width + columns].flatten(0, 1)
-    basis = fit_pca(torch.cat((row.before, inside)))
+    # Both around one mean: what sets a picture's tokens apart, not what moved them all.
+    shift = row.before.mean(dim=0) - inside.mean(dim=0)
+    basis = fit_pca(torch.cat((row.before, inside + shift)))
     before = _enlarge(pca_rgb(row.before[None], row.grid, basis)[0], image.size)
     after = _enlarge(
-        pca_rgb(row.after[None], framed, basis)[0],
+        pca_rgb((row.after + shift)[None], framed, basis)[0],
         (cell, round(cell * framed[0] / framed[1])),
     )
     if width:

@@ -54,6 +54,7 @@ def test_the_segmentation_example_runs_on_it(output):
         capture_output=True,
         text=True,
         timeout=300,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "step 2: loss" in result.stdout
