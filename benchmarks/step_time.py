@@ -189,6 +189,19 @@ def serve(reading: str, options: argparse.Namespace, pipe: Any) -> None:
     pipe.send(peak_memory(options.device) - base)
 
 
+def matrix_rate(device: str, dtype: torch.dtype, side: int = 2048) -> float:
+    """GFLOP/s of one large matrix product: what the machine could do at best."""
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds) / 1e9
+
+
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Every reading, rounds alternating."""
     context = multiprocessing.get_context("spawn")
@@ -230,6 +243,8 @@ def main() -> None:
     parser.add_argument("--no-grad-batch", type=int, help="see UniRefinerSettings")
     parser.add_argument("--json", help="also write the result to this file")
     options = parser.parse_args()
+    rate = matrix_rate(options.device, getattr(torch, options.dtype))
+    print(f"matrix products: {rate:.0f} GFLOP/s")
     results = measure(options)
     for name, result in results.items():
         print(name, {key: round(value, 3) for key, value in result.items()})
