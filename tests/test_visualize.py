@@ -86,11 +86,23 @@ def test_spurious_tokens_are_drawn_where_they_are():
     assert (np.abs(blue - AH_COLOUR).max(axis=1) < 70).any()
 
 
-def test_the_frame_is_drawn_outside_the_image():
-    tokens = torch.zeros(6, 8, 16)
-    tokens[..., 0] = 1
-    tokens[1:-1, 1:-1] = two_regions().view(4, 6, 16)
-    flat = np.asarray(before_after_figure([row(after=tokens.flatten(0, 1))], cell=120))
-    x = 2 * (120 + 12) + 12
-    corner, centre = flat[60 + 12 + 26 - 60 + 5, x + 4], flat[80, x + 30]
-    assert not np.array_equal(corner, centre)
+def test_a_white_line_divides_the_frame_from_the_image():
+    """The refined map is 6x8 cells of 15 pixels; the line runs round the inner 4x6."""
+    canvas = np.asarray(before_after_figure([row()], cell=120))
+    x, height = 2 * (120 + 12) + 12, 90
+    y = 12 + 26 + (height - 90) // 2
+    refined = canvas[y : y + height, x : x + 120]
+    white = (refined == 255).all(axis=-1)
+    assert white[15, 15:105].all() and white[75, 15:105].all()
+    assert white[15:75, 15].all() and white[15:75, 105].all()
+    assert not white[5].all() and not white[:, 5].all()
+
+
+def test_the_frame_takes_no_part_in_the_colours_inside():
+    def inside(frame_value):
+        tokens = torch.full((6, 8, 16), frame_value)
+        tokens[1:-1, 1:-1] = two_regions().view(4, 6, 16)
+        canvas = before_after_figure([row(after=tokens.flatten(0, 1))], cell=120)
+        return np.asarray(canvas)[58:108, 296:370]
+
+    assert np.array_equal(inside(0.0), inside(50.0))

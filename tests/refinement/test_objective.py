@@ -155,6 +155,7 @@ def test_lazy_channels_take_no_part_in_any_cosine(objective):
     mask = torch.ones(32)
     mask[3] = 0
     step = objective()
+    assert (step.reference_views(24, 24)[1][..., 3] != 0).any()
     step.set_channel_mask(mask)
     views = step.teacher_views(images(), images(batch=6), "left")
     assert (views.image[..., 3] == 0).all() and (views.crop[..., 3] == 0).all()

@@ -1,5 +1,7 @@
 """The diagnosis of whole images."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -31,17 +33,45 @@ def test_every_family_can_be_diagnosed(family, images):
     assert not found.similarity.requires_grad
 
 
-def test_a_token_copied_from_the_reference_is_found(images):
-    """The pixel patch of the reference in an image of noise, at a tower without context."""
+@pytest.fixture
+def without_context():
+    """A tower without attention and positions: a token is its patch."""
     tower = make_tiny_tower("siglip_vision_model", layers=1)
     for name, parameter in tower.named_parameters():
         if "out_proj" in name or "position" in name:
-            parameter.data.zero_()  # no attention, no positions: a token is its patch
-    model = UniRefinerModel.from_tower(tower, register_width=0)
-    reference = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+            parameter.data.zero_()
+    return UniRefinerModel.from_tower(tower, register_width=0)
+
+
+def noise(seed):
+    return torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_token_copied_from_the_reference_is_found(without_context, images):
+    reference = noise(1)
     images[0, :, 4:8, 8:12] = reference[0, :, 8:12, 0:4]
-    found = diagnose(model, images, reference, FilterSettings(fpgp_cosine=0.999))
+    settings = FilterSettings(fpgp_cosine=0.999)
+    found = diagnose(without_context, images, reference, settings)
     assert found.fpgp.nonzero().tolist() == [[0, 8]]
+
+
+def test_the_strip_of_the_composite_finds_by_itself(without_context, images):
+    """The strip is the reference's right third: what lies left of it is not found."""
+    reference = noise(1)
+    images[0, :, 4:8, 8:12] = reference[0, :, 8:12, 20:24]
+    images[1, :, 0:4, 0:4] = reference[0, :, 8:12, 0:4]
+    base = diagnose(without_context, images, reference)
+    strip_only = dataclasses.replace(
+        base.yardstick,
+        reference_limit=torch.full((2, 1), 2.0),
+        strip_limit=torch.full((2, 1), 0.999),
+    )
+    found = diagnose(without_context, images, reference, yardstick=strip_only)
+    assert found.fpgp.nonzero().tolist() == [[0, 8]]
+    elsewhere = dataclasses.replace(strip_only, strip=strip_only.strip.roll(1, dims=-1))
+    assert not diagnose(
+        without_context, images, reference, yardstick=elsewhere
+    ).fpgp.any()
 
 
 def test_the_yardstick_of_another_model_is_used(images):
