@@ -37,7 +37,7 @@ def launch(options, run, tower, images, batch):
         "output_dir": run,
         "image_size": 24,
         "max_steps": 3,
-        "logging_steps": 1,
+        "logging_steps": 2,
         "per_device_train_batch_size": batch,
         "report_images": 1,
         "use_cpu": "true",

@@ -148,6 +148,7 @@ def refine(
             f"Stopped by {trainer.graceful_stop.received}; checkpoint-{step} was left. "
             "Continue with --resume."
         )
+    final_metrics = trainer.final_metrics()
     if not trainer.is_world_process_zero():
         return run
     skipped = {**report.skipped, **trainer.skipped}
@@ -156,7 +157,7 @@ def refine(
     record["training"]["epochs"] = trainer.state.epoch
     record["training"]["seconds"] = round(time.monotonic() - started, 1)
     record["training"]["resumed"] = checkpoint is not None
-    record["losses"] = trainer.final_metrics()
+    record["losses"] = final_metrics
     _finish(run, trainer, base, shown, reference, settings, model_args, record)
     if skipped:
         logger.warning(

@@ -146,7 +146,10 @@ class RefinementTrainer(Trainer):
         super().log(logs, start_time)
 
     def final_metrics(self) -> dict[str, float]:
-        """Last logged loss and metrics; steps since then are averaged in their place."""
+        """Last logged loss and metrics; steps since then are averaged in their place.
+
+        To be called on every process.
+        """
         if self._sums:
             self.last_metrics.update(self._mean_metrics())
         return dict(self.last_metrics)
