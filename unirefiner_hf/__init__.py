@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .modeling.configuration_unirefiner import UniRefinerConfig
     from .modeling.modeling_unirefiner import UniRefinerBackbone, UniRefinerModel
     from .modeling.remote_code import save_remote_code
+    from .modeling.towers import load_tower
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "UniRefinerConfig": ".modeling.configuration_unirefiner",
     "UniRefinerModel": ".modeling.modeling_unirefiner",
     "UniRefinerBackbone": ".modeling.modeling_unirefiner",
+    "load_tower": ".modeling.towers",
     "save_remote_code": ".modeling.remote_code",
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "UniRefinerBackbone",
     "UniRefinerConfig",
     "UniRefinerModel",
+    "load_tower",
     "save_remote_code",
 ]
 

@@ -11,17 +11,41 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.publishing.conftest import make_record
-from unirefiner_hf.publishing.card import card_from_record, render_card
+from unirefiner_hf.publishing.card import (
+    Evaluation,
+    Measurement,
+    card_from_record,
+    render_card,
+)
 from unirefiner_hf.publishing.run_folder import merge_run
 from unirefiner_hf.resources import PACKAGE, resource_folder
 
 TOKEN = "hf_PlantedTokenThatMustNotAppear"
 
 
-def render(pictures=(), native=False, **changes):
-    return render_card(
-        card_from_record(make_record(**changes)), pictures, native=native
-    )
+WEIGHTS = {
+    "adapter/adapter_model.safetensors": "ab" * 32,
+    "model.safetensors": "01" * 32,
+}
+EVALUATION = Evaluation(
+    task="image-segmentation",
+    dataset="Stamp Scenes",
+    split="val",
+    metric="mean_iou",
+    unit="%",
+    refined=Measurement(49.625, 0.5),
+    controls={
+        "base": Measurement(44.0, 0.25),
+        "plain distillation": Measurement(45.5, 0.375),
+    },
+    seeds=3,
+    protocol="linear probe on frozen tokens",
+)
+
+
+def render(pictures=(), native=False, weights=WEIGHTS, evaluations=(), **changes):
+    card = card_from_record(make_record(**changes), evaluations)
+    return render_card(card, pictures, native=native, weights=weights)
 
 
 def header(text):
@@ -38,9 +62,56 @@ def test_metadata_parses_exactly():
         "license": "apache-2.0",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["unirefiner", "dense-features", "vision-transformer", "dinov2"],
+        "unirefiner": {
+            "base": "example-lab/tiny-tower",
+            "version": "0.1.0",
+            "weights": WEIGHTS,
+        },
     }
     assert header(text) == expected
     assert ModelCard(text).data.to_dict() == expected
+
+
+def test_evaluations_become_a_model_index_with_their_controls():
+    text = render(evaluations=[EVALUATION])
+    expected = {
+        "name": "tiny-tower-unirefined",
+        "results": [
+            {
+                "task": {"type": "image-segmentation"},
+                "dataset": {
+                    "name": "Stamp Scenes",
+                    "type": "stamp-scenes",
+                    "split": "val",
+                },
+                "metrics": [
+                    {
+                        "type": "mean_iou",
+                        "value": 49.625,
+                        "name": "mean_iou (linear probe on frozen tokens)",
+                        "args": {
+                            "unit": "%",
+                            "std": 0.5,
+                            "seeds": 3,
+                            "controls": {
+                                "base": {"value": 44.0, "std": 0.25},
+                                "plain distillation": {"value": 45.5, "std": 0.375},
+                            },
+                        },
+                    }
+                ],
+            }
+        ],
+    }
+    assert header(text)["model-index"] == [expected]
+    (result,) = ModelCard(text).data.eval_results
+    assert result.metric_value == 49.625 and result.metric_args["std"] == 0.5
+    assert "Stamp Scenes, val: mean_iou in %, linear probe on frozen tokens" in text
+    assert "| plain distillation | 45.50 ± 0.38 |" in text
+    assert "| **this model** | **49.62 ± 0.50** |" in text
+    assert "Nothing was measured" not in render(
+        evaluations=[EVALUATION], spurious_shares=None
+    )
 
 
 def test_an_unknown_licence_is_not_invented():
@@ -53,6 +124,7 @@ def test_an_unknown_licence_is_not_invented():
 def test_a_local_base_stands_in_no_metadata_and_no_link():
     text = render(model__base="tiny-tower")
     assert not {"base_model", "base_model_relation"} & header(text).keys()
+    assert 'load_tower("tiny-tower")  # the folder of the base' in text
     assert "huggingface.co" not in text
     assert "# tiny-tower-unirefined" in text
 
@@ -107,7 +179,9 @@ def test_other_records_are_refused():
 
 def test_the_example_is_what_the_template_gives():
     example = resource_folder("model_cards") / "example.md"
-    assert example.read_text(encoding="utf-8") == render(["before_after.png"])
+    assert example.read_text(encoding="utf-8") == render(
+        ["before_after.png"], evaluations=[EVALUATION]
+    )
 
 
 # The exported folder
@@ -121,8 +195,9 @@ def published(save_run, tmp_path, monkeypatch):
 
 
 def test_no_path_and_no_token_is_given_away(published, tmp_path):
-    files = [path for path in published.iterdir() if path.suffix != ".py"]
-    assert {"README.md", "config.json", "preprocessor_config.json"} <= {
+    files = [path for path in published.rglob("*") if path.suffix != ".py"]
+    files = [path for path in files if path.is_file()]
+    assert {"README.md", "config.json", "adapter_config.json"} <= {
         path.name for path in files
     }
     for path in files:
@@ -144,7 +219,10 @@ def test_the_code_runs_as_pasted(published, save_run, native, tmp_path):
         )
     card = (published / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(snippets) == (1 if native else 4)
+    assert len(snippets) == (2 if native else 5)
+    # The adapter's snippet names the base by its Hub id; a folder of that name serves.
+    (tmp_path / "example-lab").mkdir()
+    (tmp_path / "tiny-tower").rename(tmp_path / "example-lab" / "tiny-tower")
     for snippet in snippets:
         assert f'path = "{published.name}"' in snippet
         done = subprocess.run(

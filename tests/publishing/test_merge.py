@@ -1,6 +1,7 @@
 """The merged checkpoint equals the adapter, appears whole, and loads anywhere."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
@@ -24,6 +27,7 @@ from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.cli import main
 from unirefiner_hf.images import preprocess
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.modeling.towers import load_tower
 from unirefiner_hf.publishing import merge
 from unirefiner_hf.publishing.card import card_from_record
 from unirefiner_hf.publishing.merge import (
@@ -61,6 +65,11 @@ def export(model, folder, family="dinov2", **options):
         card=card_from_record(make_record()),
         **options,
     )
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def tokens(model, **options):
@@ -219,15 +228,40 @@ def test_merging_a_run_twice_gives_the_same_bytes(family, save_run, tmp_path):
     for name in ("one", "two"):
         merge_run(run, tmp_path / name, model=str(base))
     one, two = tmp_path / "one", tmp_path / "two"
-    assert sorted(p.name for p in one.iterdir()) == sorted(
-        p.name for p in two.iterdir()
-    )
-    for path in one.iterdir():
-        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    assert contents(one) == contents(two)
     assert (one / "before_after.png").is_file()
     loaded = AutoModel.from_pretrained(one)
     torch.testing.assert_close(tokens(loaded), expected, atol=1e-5, rtol=0)
     assert loaded.config.register_width == 2
+
+
+def test_peft_loads_the_adapter_on_the_base(family, save_run, tmp_path):
+    model, run, base = save_run(family)
+    folder = merge_run(run, tmp_path / "m", model=str(base))
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "example-lab/tiny-tower"
+    tower = PeftModel.from_pretrained(load_tower(base), folder, subfolder="adapter")
+    with torch.no_grad():
+        expected = model.tower(pixels((4, 4))).last_hidden_state
+        assert torch.equal(tower(pixels((4, 4))).last_hidden_state, expected)
+
+
+def test_the_card_states_the_sha256_of_every_weight_file(save_run, tmp_path):
+    _, run, base = save_run()
+    folder = merge_run(run, tmp_path / "m", model=str(base), max_shard_size="20KB")
+    stated = ModelCard.load(folder / "README.md").data["unirefiner"]["weights"]
+    files = {f.relative_to(folder).as_posix() for f in folder.rglob("*.safetensors")}
+    assert stated.keys() == files and len(files) > 3
+    for name, digest in stated.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_sharded_model_loads(save_run, tmp_path):
+    model, run, base = save_run()
+    folder = merge_run(run, tmp_path / "m", model=str(base), max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    loaded = AutoModel.from_pretrained(folder)
+    torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-5, rtol=0)
 
 
 def test_the_learnable_frame_comes_along(save_run, tmp_path):
@@ -325,9 +359,9 @@ def test_a_real_run_merges_into_what_it_left(tmp_path, monkeypatch):
     assert main([*merge, "again", "run"]) == 0
     assert main([*merge, "early", "run/checkpoint-1"]) == 0
     left, again = tmp_path / "run" / "merged", tmp_path / "again"
-    assert {p.name for p in left.iterdir()} == {p.name for p in again.iterdir()}
-    for path in left.iterdir():
-        if path.suffix != ".png":
-            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    assert contents(left).keys() == contents(again).keys()
+    for name, content in contents(left).items():
+        if not name.endswith(".png"):
+            assert content == contents(again)[name], name
     early = (tmp_path / "early" / "model.safetensors").read_bytes()
     assert early != (left / "model.safetensors").read_bytes()

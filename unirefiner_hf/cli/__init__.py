@@ -16,6 +16,8 @@ from .. import __version__
 VERBS = {
     "refine": "Refine a vision tower on unlabelled images.",
     "merge": "Merge a run's adapter into a checkpoint ready to load or publish.",
+    "push": "Publish a run on the Hub, proved before it is uploaded.",
+    "verify": "Compare a model's weight files with the checksums in its card.",
     "demo": "See it work: refine a small tower on a few photographs.",
     "recipes": "List the shipped recipes, or copy one to edit.",
 }

@@ -19,10 +19,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", type=Path, help="folder to write"
     )
+    add_merge_options(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that is not empty"
+    )
+
+
+def add_merge_options(parser: argparse.ArgumentParser) -> None:
+    """Give a verb the options of what is written."""
     parser.add_argument(
         "--model",
         metavar="NAME",
         help="where the base lies, if the run started from a local model",
+    )
+    parser.add_argument(
+        "--license", help="of the base, such as apache-2.0, if the run does not know it"
     )
     parser.add_argument(
         "--register_width",
@@ -42,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="save the plain tower, without the frame and its code",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a folder that is not empty"
+        "--max_shard_size",
+        metavar="SIZE",
+        default="5GB",
+        help="largest file of weights (default: 5GB)",
     )
 
 
@@ -61,9 +75,11 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.run,
         arguments.output,
         model=arguments.model,
+        model_license=arguments.license,
         register_width=arguments.register_width,
         dtype=getattr(torch, arguments.dtype),
         native=arguments.native,
         overwrite=arguments.overwrite,
+        max_shard_size=arguments.max_shard_size,
     )
     print(f"The merged model is in {folder}.")

@@ -6,16 +6,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..resources import resource_folder
 
 TEMPLATE = "card.md.jinja"
+METADATA = "unirefiner"
+"""Key of the card's metadata that says what wrote it and what its weights must be."""
 SHARES = {
     "fpgp": "fixed pattern or global proxy (FP-GP)",
     "ah": "attention hijackee (AH)",
     "spurious": "either",
 }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Mean and standard deviation (over probe seeds) of one checkpoint's metric."""
+
+    value: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One metric of the refined model on one data set, and of its controls.
+
+    Attributes:
+        task: as the Hub names tasks, such as ``image-segmentation``.
+        dataset, split: in words, or the data set's Hub id.
+        metric: as the Hub names metrics, such as ``mean_iou``.
+        unit: behind every number, such as ``%``; empty for none.
+        refined: the model the card is of.
+        controls: name -> measurement of what it is compared with.
+        seeds: number of probe seeds.
+        protocol: how it was measured, in a few words.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    metric: str
+    unit: str
+    refined: Measurement
+    controls: Mapping[str, Measurement]
+    seeds: int
+    protocol: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +70,8 @@ class CardData:
         steps, seconds, hardware: of the training; seconds is None for a checkpoint.
         losses: last logged values; empty for a checkpoint.
         shares: spurious shares before and after; None where they were not measured.
+        version: of this package, which is that of its recipes.
+        evaluations: on tasks, with their controls.
     """
 
     base: str
@@ -49,6 +87,8 @@ class CardData:
     hardware: str
     losses: Mapping[str, float]
     shares: Mapping[str, Any] | None
+    version: str
+    evaluations: Sequence[Evaluation] = ()
 
     @property
     def name(self) -> str:
@@ -73,8 +113,10 @@ class CardData:
         return [(text, before[kind], after[kind]) for kind, text in SHARES.items()]
 
 
-def card_from_record(record: Mapping[str, Any]) -> CardData:
-    """Read a card's data off a run's record (``run.json``).
+def card_from_record(
+    record: Mapping[str, Any], evaluations: Sequence[Evaluation] = ()
+) -> CardData:
+    """Read a card's data off a run's record (``run.json``) and its evaluations.
 
     Raises:
         ValueError: the record is of an unfinished run or of a later format.
@@ -109,18 +151,27 @@ def card_from_record(record: Mapping[str, Any]) -> CardData:
         hardware=training["hardware"],
         losses={k: v for k, v in record["losses"].items() if k.startswith("loss")},
         shares=record.get("spurious_shares"),
+        version=record["versions"]["unirefiner_hf"],
+        evaluations=tuple(evaluations),
     )
 
 
 def render_card(
-    card: CardData, pictures: Sequence[str] = (), *, native: bool = False
+    card: CardData,
+    pictures: Sequence[str] = (),
+    *,
+    native: bool = False,
+    weights: Mapping[str, str] | None = None,
 ) -> str:
     """The card's text, YAML header included.
 
     Args:
         pictures: file names beside the card.
         native: the checkpoint is the plain tower, without the frame.
+        weights: file beside the card -> its sha256, which `unirefiner verify` compares.
     """
+    own = {"base": card.base, "version": card.version, "weights": dict(weights or {})}
+    results = [_eval_result(evaluation) for evaluation in card.evaluations]
     metadata = ModelCardData(
         base_model=card.base if card.base_on_hub else None,
         base_model_relation="finetune" if card.base_on_hub else None,
@@ -128,12 +179,40 @@ def render_card(
         pipeline_tag="image-feature-extraction",
         license=card.license,
         tags=["unirefiner", "dense-features", "vision-transformer", card.family],
+        model_name=card.name if results else None,
+        eval_results=results or None,
     )
+    metadata[METADATA] = own
     rendered = ModelCard.from_template(
         metadata,
         template_path=str(resource_folder("model_cards") / TEMPLATE),
         card=card,
         pictures=list(pictures),
         native=native,
+        weights=weights or {},
+        adapter=any(name.startswith("adapter/") for name in weights or {}),
     )
     return str(rendered).rstrip() + "\n"
+
+
+def _eval_result(evaluation: Evaluation) -> EvalResult:
+    """An entry of the model-index; the controls stand in the metric's arguments."""
+    name = f"{evaluation.metric} ({evaluation.protocol})"
+    return EvalResult(
+        task_type=evaluation.task,
+        dataset_type=evaluation.dataset.lower().replace(" ", "-"),
+        dataset_name=evaluation.dataset,
+        dataset_split=evaluation.split,
+        metric_type=evaluation.metric,
+        metric_value=evaluation.refined.value,
+        metric_name=name,
+        metric_args={
+            "unit": evaluation.unit,
+            "std": evaluation.refined.std,
+            "seeds": evaluation.seeds,
+            "controls": {
+                control: {"value": measured.value, "std": measured.std}
+                for control, measured in evaluation.controls.items()
+            },
+        },
+    )

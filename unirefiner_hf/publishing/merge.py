@@ -17,7 +17,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
+from ..training.trainer import save_adapter
 from .card import CardData, render_card
+from .digests import weight_digests
+
+ADAPTER = "adapter"
+SHARD_SIZE = "5GB"
+"""Largest file of weights; bigger models are written as several."""
 
 
 class ExportError(RuntimeError):
@@ -48,11 +54,13 @@ def export_refined(
     dtype: torch.dtype = torch.float32,
     native: bool = False,
     overwrite: bool = False,
+    max_shard_size: str = SHARD_SIZE,
 ) -> Path:
     """Write the merged model with everything its user needs.
 
-    Weights as safetensors, config, image processor, model card, and the model's own code,
-    so that it loads with ``trust_remote_code=True`` where this package is not installed.
+    Weights as safetensors, config, image processor, the adapter alone in ``adapter/``,
+    a model card with the sha256 of every weight file, and the model's own code, so that
+    it loads with ``trust_remote_code=True`` where this package is not installed.
 
     Args:
         model: the refined model; its adapter is merged in place.
@@ -64,6 +72,7 @@ def export_refined(
         native: save the plain tower, for users who pad by themselves, without frame or
             code of this package.
         overwrite: replace a folder that is not empty.
+        max_shard_size: such as ``5GB``; a larger model is saved in several files.
 
     Raises:
         ValueError: `image_size` is not a multiple of the patch size.
@@ -81,22 +90,26 @@ def export_refined(
         raise ExportError(
             f"{folder} is not empty: name another folder, or allow --overwrite."
         )
-    merge_adapter(model, dtype)
-    saved = model.tower if native else model
-    for config in (model.config, model.tower.config):
-        config._name_or_path = ""
     draft = folder.parent / f".{folder.name}.unfinished"
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        saved.save_pretrained(draft)
+        if isinstance(model.tower, PeftModel):
+            (draft / ADAPTER).mkdir()
+            save_adapter(model, draft / ADAPTER)
+        merge_adapter(model, dtype)
+        saved = model.tower if native else model
+        for config in (model.config, model.tower.config):
+            config._name_or_path = ""
+        saved.save_pretrained(draft, max_shard_size=max_shard_size)
         if not native:
             save_remote_code(draft)
         resized_processor(image_processor, image_size).save_pretrained(draft)
         for name, image in (images or {}).items():
             image.save(draft / name)
         pictures = sorted(images or {})
-        text = render_card(card, pictures, native=native)
+        digests = weight_digests(draft)
+        text = render_card(card, pictures, native=native, weights=digests)
         (draft / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)

@@ -21,10 +21,9 @@ from ..training.trainer import (
     read_refiner_state,
 )
 from .card import card_from_record
-from .merge import export_refined
+from .merge import ADAPTER, SHARD_SIZE, export_refined
 
 RECORD = "run.json"
-ADAPTER = "adapter"
 PICTURE = "before_after.png"
 BASE_KEYS = (
     "image_size",
@@ -111,17 +110,20 @@ def merge_run(
     output: str | Path,
     *,
     model: str | None = None,
+    model_license: str | None = None,
     register_width: int | None = None,
     dtype: torch.dtype = torch.float32,
     native: bool = False,
     overwrite: bool = False,
+    max_shard_size: str = SHARD_SIZE,
 ) -> Path:
     """Load a run's base in float32, put its adapter on, merge, and write the result.
 
     Args:
         folder: as in `read_run`.
-        output: folder of the checkpoint; see `export_refined`, as for the last three.
+        output: folder of the checkpoint; see `export_refined`, as for the last four.
         model: Hub name or folder of the base, where it is not the recorded Hub name.
+        model_license: of the base, where the run does not know it.
         register_width: frame of the published model in patches; None: the run's.
 
     Returns:
@@ -133,21 +135,51 @@ def merge_run(
         ExportError: see `export_refined`.
     """
     run = read_run(folder)
+    base = load_refined(run, model, model_license, register_width)
+    return export_run(
+        run,
+        base,
+        output,
+        dtype=dtype,
+        native=native,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )
+
+
+def load_refined(
+    run: RunFolder,
+    model: str | None = None,
+    model_license: str | None = None,
+    register_width: int | None = None,
+) -> Base:
+    """The refined model of a run, its adapter not merged; arguments as in `merge_run`.
+
+    What is asked for goes into the record too, for the card.
+
+    Raises:
+        RunFolderError: see `merge_run`.
+    """
+    if model_license is not None:
+        run.record["model"]["license"] = model_license
     base = _load(run, model)
+    run.record["model"]["license"] = base.license
     config = base.model.config
     config.register_width = _register_width(run, register_width, base)
     run.record["model"]["register_width"] = config.register_width
-    images = {picture.name: Image.open(picture) for picture in run.pictures}
+    return base
+
+
+def export_run(run: RunFolder, base: Base, output: str | Path, **options: Any) -> Path:
+    """Merge what `load_refined` gave and write it; options as of `export_refined`."""
     return export_refined(
         base.model,
         output,
         image_processor=base.processor,
         image_size=base.image_size,
         card=card_from_record(run.record),
-        images=images,
-        dtype=dtype,
-        native=native,
-        overwrite=overwrite,
+        images={picture.name: Image.open(picture) for picture in run.pictures},
+        **options,
     )
 
 
@@ -173,6 +205,7 @@ def _load(run: RunFolder, model: str | None) -> Base:
         raise RunFolderError(
             f"{arguments.model} is not the base of this run, which is {name}: {problem}"
         ) from problem
+    base.model.tower.peft_config["default"].base_model_name_or_path = name
     return base
 
 

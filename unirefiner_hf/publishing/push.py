@@ -1,0 +1,349 @@
+"""Publish a run: build, prove, upload in one commit, tag."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from .hub import (
+    HubError,
+    RemoteState,
+    check_ours,
+    model_files,
+    remote_state,
+    with_retries,
+)
+from .merge import SHARD_SIZE
+from .reload_check import ReloadReport, check_reload, encode, example_pixels
+from .run_folder import export_run, load_refined, read_run
+
+logger = logging.get_logger(__name__)
+
+Result = TypeVar("Result")
+
+STALE = (".safetensors", ".safetensors.index.json", ".py", ".png")
+"""Endings of files of ours that a push removes when the new model has none of the name."""
+CONFLICTS = (409, 412)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        folder: what was built, and is on the Hub now.
+        commit: that holds it; of the pull request, if one was made.
+        uploaded, removed: files; both empty if the repository held it all.
+        tag: that marks the commit; None in a pull request.
+        pull_request: its address, if one was made.
+        check: how near the reloaded folder is to the trained model.
+    """
+
+    repo_id: str
+    folder: Path
+    commit: str
+    url: str
+    uploaded: tuple[str, ...]
+    removed: tuple[str, ...]
+    private: bool
+    tag: str | None
+    pull_request: str | None
+    check: ReloadReport
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What separates a repository from a folder."""
+
+    head: str
+    add: tuple[str, ...]
+    remove: tuple[str, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the repository holds the folder."""
+        return not self.add and not self.remove
+
+
+def push_run(
+    run: str | Path,
+    repo_id: str,
+    *,
+    output: str | Path | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    force: bool = False,
+    tag: str | None = None,
+    model: str | None = None,
+    model_license: str | None = None,
+    register_width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    native: bool = False,
+    max_shard_size: str = SHARD_SIZE,
+) -> Pushed:
+    """Publish a run; a push that was cut short is finished by doing it again.
+
+    The complete folder is built, loaded in fresh processes with and without this
+    package, and compared with the trained model; its card is validated; then everything
+    goes up in one commit, and a tag marks it.
+
+    Args:
+        run: a finished run, or a ``checkpoint-N`` inside one.
+        repo_id: ``user/name``.
+        output: folder to build in; None: ``published`` in the run. It is replaced.
+        private: create a private repository.
+        create_pr: propose the commit as a pull request.
+        force: replace the model of a repository that is not ours.
+        tag: None: ``v`` and the version of the recipe's package.
+        model, model_license, register_width, dtype, native, max_shard_size: see
+            `merge_run`.
+
+    Raises:
+        HubError: not logged in, not allowed, not our repository, public where
+            `private` was asked, an unknown licence, a tag that marks another commit, a
+            card the Hub refuses, or a change by somebody else meanwhile.
+        RunFolderError, ExportError, ReloadError: see there; nothing was uploaded.
+    """
+    _check_repo_id(repo_id)
+    found = read_run(run)
+    api = HfApi(library_name="unirefiner_hf")
+    _log_in(api, repo_id)
+    state = _refusals(lambda: remote_state(api, repo_id), repo_id)
+    if not (force or create_pr):
+        check_ours(repo_id, state, found.record["model"]["base"])
+    if create_pr and state is None:
+        raise HubError(f"{repo_id} does not exist: push it without --create-pr first.")
+    if state is not None and private and not state.private:
+        raise HubError(
+            f"{repo_id} is public: change that in its settings on the Hub, or leave "
+            "--private out."
+        )
+
+    base = load_refined(found, model, model_license, register_width)
+    if base.license is None:
+        raise HubError(
+            f"The licence of {base.name} is unknown, and a published model needs one: "
+            "look it up and name it, such as --license apache-2.0."
+        )
+    pixels = example_pixels(base)
+    trained = encode(base.model, pixels, native=native)
+    folder = Path(output) if output is not None else Path(run) / "published"
+    folder = export_run(
+        found,
+        base,
+        folder,
+        dtype=dtype,
+        native=native,
+        overwrite=output is None or (folder / "config.json").is_file(),
+        max_shard_size=max_shard_size,
+    )
+    check = check_reload(folder, base, trained, pixels, dtype=dtype, native=native)
+    del base
+    _validate_card(folder)
+
+    if state is None:
+        _refusals(
+            lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id
+        )
+    tag = tag or f"v{found.record['versions']['unirefiner_hf']}"
+    upload = _propose if create_pr else _commit
+    return _refusals(lambda: upload(api, repo_id, folder, tag, check), repo_id)
+
+
+def _commit(
+    api: HfApi, repo_id: str, folder: Path, tag: str, check: ReloadReport
+) -> Pushed:
+    """One commit on main, unless it holds everything; then the tag.
+
+    A commit whose answer was lost, or that met another one, is looked at again: if the
+    repository holds everything by then, all is well.
+    """
+    uploaded: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    sent_onto = None
+    while True:
+        state = remote_state(api, repo_id)
+        if state is None:
+            raise HubError(f"{repo_id} is gone: it was deleted meanwhile.")
+        plan = _plan(api, repo_id, folder, state)
+        tagged = _tags(api, repo_id).get(tag)
+        if plan.is_empty:
+            break
+        if sent_onto is not None:
+            raise HubError(
+                f"{repo_id} was changed by somebody else during the upload (now at "
+                f"{state.head[:7]}): look at it, then push again."
+            )
+        if tagged is not None:
+            break
+        sent_onto, uploaded, removed = plan.head, plan.add, plan.remove
+        try:
+            _send(api, repo_id, folder, plan, parent_commit=plan.head)
+        except HfHubHTTPError as problem:
+            if problem.response.status_code not in CONFLICTS:
+                raise
+    if tagged is not None and (tagged != plan.head or not plan.is_empty):
+        raise HubError(
+            f"The tag {tag} of {repo_id} marks another commit ({tagged[:7]}): name another "
+            "one with --tag."
+        )
+    if tagged is None:
+        with_retries(
+            lambda: api.create_tag(repo_id, tag=tag, revision=plan.head, exist_ok=True)
+        )
+    return Pushed(
+        repo_id=repo_id,
+        folder=folder,
+        commit=plan.head,
+        url=f"{api.endpoint}/{repo_id}",
+        uploaded=uploaded,
+        removed=removed,
+        private=state.private,
+        tag=tag,
+        pull_request=None,
+        check=check,
+    )
+
+
+def _propose(
+    api: HfApi, repo_id: str, folder: Path, tag: str, check: ReloadReport
+) -> Pushed:
+    """A pull request, or the open one that proposes the same already."""
+    state = remote_state(api, repo_id)
+    if state is None:
+        raise HubError(f"{repo_id} is gone: it was deleted meanwhile.")
+    plan = _plan(api, repo_id, folder, state)
+    url: str | None = None
+    commit, uploaded = state.head, plan.add
+    if not plan.is_empty:
+        for discussion in api.get_repo_discussions(
+            repo_id, discussion_type="pull_request", discussion_status="open"
+        ):
+            revision = f"refs/pr/{discussion.num}"
+            proposed = remote_state(api, repo_id, revision)
+            if proposed is not None and _plan(api, repo_id, folder, proposed).is_empty:
+                url, commit, uploaded = discussion.url, proposed.head, ()
+                break
+        else:
+            info = _send(api, repo_id, folder, plan, create_pr=True)
+            url, commit = info.pr_url, info.oid
+    return Pushed(
+        repo_id=repo_id,
+        folder=folder,
+        commit=commit,
+        url=f"{api.endpoint}/{repo_id}",
+        uploaded=uploaded,
+        removed=plan.remove if uploaded else (),
+        private=state.private,
+        tag=None,
+        pull_request=url,
+        check=check,
+    )
+
+
+def _plan(api: HfApi, repo_id: str, folder: Path, state: RemoteState) -> Plan:
+    """Files that differ, by the Hub's own checksums, and files of ours that must go."""
+    difference = with_retries(
+        lambda: api.verify_repo_checksums(
+            repo_id, revision=state.head, local_dir=folder
+        )
+    )
+    changed = [mismatch["path"] for mismatch in difference.mismatches]
+    ours = set(model_files(state))
+    stale = [
+        name
+        for name in difference.missing_paths
+        if name in ours and name.endswith(STALE)
+    ]
+    return Plan(
+        state.head, tuple(sorted([*changed, *difference.extra_paths])), tuple(stale)
+    )
+
+
+def _send(
+    api: HfApi, repo_id: str, folder: Path, plan: Plan, **options: Any
+) -> CommitInfo:
+    """One commit with everything of the plan."""
+
+    def send() -> CommitInfo:
+        add = [CommitOperationAdd(name, folder / name) for name in plan.add]
+        remove = [CommitOperationDelete(name) for name in plan.remove]
+        return api.create_commit(
+            repo_id,
+            [*add, *remove],
+            commit_message="Publish the refined model",
+            **options,
+        )
+
+    return with_retries(send)
+
+
+def _tags(api: HfApi, repo_id: str) -> dict[str, str]:
+    refs = with_retries(lambda: api.list_repo_refs(repo_id))
+    return {tag.name: tag.target_commit for tag in refs.tags}
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as problem:
+        raise HubError(f"{repo_id!r} is not a repository's name: {problem}") from None
+    if repo_id.count("/") != 1:
+        raise HubError(f"{repo_id!r} names no owner: write user/{repo_id}.")
+
+
+def _log_in(api: HfApi, repo_id: str) -> None:
+    if get_token() is None:
+        raise HubError(
+            "Not logged in to the Hub: run 'hf auth login', or set HF_TOKEN."
+        )
+    _refusals(lambda: with_retries(api.whoami), repo_id)
+
+
+def _validate_card(folder: Path) -> None:
+    """The Hub's own validation, before anything is uploaded."""
+    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    try:
+        with_retries(card.validate)
+    except HfHubHTTPError:
+        raise
+    except ValueError as problem:
+        raise HubError(f"The Hub refuses the card's metadata: {problem}") from problem
+
+
+def _refusals(call: Callable[[], Result], repo_id: str) -> Result:
+    """Run `call`; say what a refusal of the Hub means."""
+    try:
+        return call()
+    except HfHubHTTPError as problem:
+        status = problem.response.status_code
+        said = problem.server_message or str(problem).splitlines()[0]
+        if status == 401:
+            raise HubError(
+                f"The Hub does not accept the token ({said}): make one with write access, "
+                "then run 'hf auth login' or set HF_TOKEN."
+            ) from problem
+        if status == 403:
+            raise HubError(
+                f"This token may not write to {repo_id} ({said}): use one with write "
+                "access, or a repository of your own."
+            ) from problem
+        raise HubError(
+            f"The Hub answered {status} ({said}). Nothing is lost: run the same command "
+            "again."
+        ) from problem

@@ -1,0 +1,95 @@
+"""Compare a checkpoint's weight files with the sha256 its card states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, snapshot_download
+from transformers.utils import logging
+
+from .card import METADATA
+from .digests import is_of_training, sha256
+from .hub import HubError, with_retries
+
+logger = logging.get_logger(__name__)
+
+UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+"""Endings of weight files that are not safetensors."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a verification found.
+
+    Attributes:
+        right: weight files whose sha256 is the card's.
+        wrong: name -> (sha256 of the card, of the file).
+        missing: files the card names and the checkpoint lacks.
+        unlisted: weight files the card does not name.
+    """
+
+    folder: Path
+    right: tuple[str, ...]
+    wrong: dict[str, tuple[str, str]]
+    missing: tuple[str, ...]
+    unlisted: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every weight file is the one that was published."""
+        return not (self.wrong or self.missing or self.unlisted)
+
+
+def verify(
+    checkpoint: str | Path, *, revision: str | None = None, force_download: bool = False
+) -> Verified:
+    """Compare every weight file with the card's sha256.
+
+    The Hub's client checks the size of what it downloads and nothing else.
+
+    Args:
+        checkpoint: a folder, or a Hub id, which is downloaded to the cache.
+        revision: branch, tag or commit on the Hub.
+        force_download: do not use what the cache holds.
+
+    Raises:
+        HubError: the card states no checksums.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        folder = Path(
+            with_retries(
+                lambda: snapshot_download(
+                    str(checkpoint),
+                    revision=revision,
+                    force_download=force_download,
+                    ignore_patterns=["last-checkpoint/*", "checkpoint-*/*"],
+                )
+            )
+        )
+    readme = folder / "README.md"
+    own = None
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        own = ModelCard(text, ignore_metadata_errors=True).data.get(METADATA)
+    stated = own.get("weights") if isinstance(own, dict) else None
+    if not isinstance(stated, dict) or not stated:
+        raise HubError(
+            f"The card of {checkpoint} states no checksums: only a model that unirefiner "
+            "published can be verified."
+        )
+    found = {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.suffix in (".safetensors", *UNSAFE) and path.is_file()
+    }
+    found = {name: path for name, path in found.items() if not is_of_training(name)}
+    digests = {name: sha256(found[name]) for name in stated if name in found}
+    return Verified(
+        folder=folder,
+        right=tuple(n for n, digest in digests.items() if digest == stated[n]),
+        wrong={n: (str(stated[n]), d) for n, d in digests.items() if d != stated[n]},
+        missing=tuple(sorted(stated.keys() - found.keys())),
+        unlisted=tuple(sorted(found.keys() - stated.keys())),
+    )
