@@ -1,6 +1,7 @@
 """Train a UperNet head on a refined tower, the way a segmentation team would start.
 
     python examples/segmentation_backbone.py demo_out/merged [STEPS]
+    python examples/segmentation_backbone.py user/name-unirefined [STEPS]
 
 Replace `batches` by your own loader of normalised images and label maps. The tower stays
 frozen; only the head learns.
@@ -29,7 +30,8 @@ def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def main(checkpoint: str, steps: int = 10) -> None:
     layers = UniRefinerBackbone.from_pretrained(checkpoint).config.num_hidden_layers
-    stages = [f"stage{layers * quarter // 4}" for quarter in (1, 2, 3, 4)]
+    depths = sorted({max(1, layers * quarter // 4) for quarter in (1, 2, 3, 4)})
+    stages = [f"stage{depth}" for depth in depths]
     backbone = UniRefinerBackbone.from_pretrained(checkpoint, out_features=stages)
     config = UperNetConfig(
         backbone_config=backbone.config,

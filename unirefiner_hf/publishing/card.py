@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .. import __version__
 from ..resources import resource_folder
 
 TEMPLATE = "card.md.jinja"
@@ -193,6 +194,17 @@ def render_card(
         adapter=any(name.startswith("adapter/") for name in weights or {}),
     )
     return str(rendered).rstrip() + "\n"
+
+
+def render_unfinished_card(base: str, step: int) -> str:
+    """The card of a run that is going on: what it is, and that it is not finished."""
+    metadata = ModelCardData(library_name="peft", tags=["unirefiner"])
+    metadata[METADATA] = {"base": base, "version": __version__, "weights": {}}
+    return (
+        f"---\n{metadata}\n---\n\n# {base.split('/')[-1]}, being refined\n\n"
+        f"The adapter in `adapter/` is that of step {step} of a run that is not finished: "
+        "`run.json` tells its settings. Do not use it yet.\n"
+    )
 
 
 def _eval_result(evaluation: Evaluation) -> EvalResult:

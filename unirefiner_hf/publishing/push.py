@@ -95,6 +95,7 @@ def push_run(
     dtype: torch.dtype = torch.float32,
     native: bool = False,
     max_shard_size: str = SHARD_SIZE,
+    token: str | None = None,
 ) -> Pushed:
     """Publish a run; a push that was cut short is finished by doing it again.
 
@@ -112,6 +113,7 @@ def push_run(
         tag: None: ``v`` and the version of the recipe's package.
         model, model_license, register_width, dtype, native, max_shard_size: see
             `merge_run`.
+        token: None: the one of the environment or of ``hf auth login``.
 
     Raises:
         HubError: not logged in, not allowed, not our repository, public where
@@ -121,7 +123,7 @@ def push_run(
     """
     _check_repo_id(repo_id)
     found = read_run(run)
-    api = HfApi(library_name="unirefiner_hf")
+    api = HfApi(token=token, library_name="unirefiner_hf")
     _log_in(api, repo_id)
     state = _refusals(lambda: remote_state(api, repo_id), repo_id)
     if not (force or create_pr):
@@ -308,7 +310,7 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _log_in(api: HfApi, repo_id: str) -> None:
-    if get_token() is None:
+    if (api.token or get_token()) is None:
         raise HubError(
             "Not logged in to the Hub: run 'hf auth login', or set HF_TOKEN."
         )

@@ -223,7 +223,10 @@ class RefineTrainingArguments(TrainingArguments):
     )
     resume: bool = field(
         default=False,
-        metadata={"help": "Continue the run in output_dir from its last checkpoint."},
+        metadata={
+            "help": "Continue the run in output_dir from its last checkpoint; with "
+            "push_to_hub and none there, from the one on the Hub."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -232,6 +235,10 @@ class RefineTrainingArguments(TrainingArguments):
         if self.fp16:
             raise ValueError(
                 "fp16 is not supported: use bf16, which needs no loss scaling."
+            )
+        if self.push_to_hub and "/" not in (self.hub_model_id or ""):
+            raise ValueError(
+                f"push_to_hub needs hub_model_id, as user/name; it is {self.hub_model_id!r}."
             )
         require(self, "learning_rate", self.learning_rate > 0, "positive")
         require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")

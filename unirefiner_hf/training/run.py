@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..images import default_reference, denormalise, load_rgb, preprocess
 from ..publishing.card import card_from_record
 from ..publishing.merge import export_refined
+from ..publishing.push import push_run
 from ..refinement.objective import UniRefinerObjective
 from ..refinement.settings import UniRefinerSettings
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
@@ -35,6 +36,7 @@ from .arguments import (
 from .base import Base, load_base
 from .callbacks import Snapshots
 from .data import build_dataset, collate, sample_images
+from .hub_sync import HubSync, fetch_last_checkpoint
 from .report import compare, figure
 from .trainer import (
     RefinementTrainer,
@@ -51,7 +53,7 @@ LAZY_IMAGES, LAZY_TOKENS = 64, 128
 
 
 class RunError(ValueError):
-    """The output folder holds a run already."""
+    """The run cannot start as asked."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -73,15 +75,21 @@ def refine(
         The run's folder.
 
     Raises:
-        RunError: the folder holds a run already.
+        RunError: the folder holds a run already, or it would be published without a
+            licence.
         BaseError: the image size does not fit the tower.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
         NonFiniteLossError, CheckpointError, ImageError: see there.
     """
     run = Path(str(args.output_dir))
-    checkpoint = _checkpoint_to_resume(run, args.resume)
+    checkpoint = _checkpoint_to_resume(run, args)
     set_seed(args.seed)
     base = load_base(model_args, bf16=bool(args.bf16))
+    if args.push_to_hub and base.license is None:
+        raise RunError(
+            f"The licence of {base.name} is unknown, and a published model needs one: look "
+            "it up and set model_license."
+        )
     mean, std = base.mean, base.std
     size = (base.image_size, base.image_size)
     dataset = build_dataset(
@@ -123,6 +131,8 @@ def refine(
         data_collator=collate,
         lazy_channels=lazy,
     )
+    if args.push_to_hub:
+        trainer.add_callback(HubSync(args, base.name))
     if args.snapshot_steps and shown:
         width = objective.register_width(*size)
         snapshots = Snapshots(
@@ -159,6 +169,8 @@ def refine(
     record["training"]["resumed"] = checkpoint is not None
     record["losses"] = final_metrics
     _finish(run, trainer, base, shown, reference, settings, model_args, record)
+    if args.push_to_hub:
+        _publish(run, model_args, args)
     if skipped:
         logger.warning(
             f"{len(skipped)} images could not be used; {RECORD} names each and why."
@@ -223,15 +235,34 @@ def _finish(
     logger.warning(f"The refined model is in {run / 'merged'}.")
 
 
+def _publish(
+    run: Path, model_args: ModelArguments, args: RefineTrainingArguments
+) -> None:
+    """The finished model in place of the run in progress."""
+    pushed = push_run(
+        run,
+        str(args.hub_model_id),
+        private=bool(args.hub_private_repo),
+        model=model_args.model,
+        token=args.hub_token,
+    )
+    logger.warning(f"The refined model is at {pushed.url}.")
+
+
 def _photographs() -> str:
     folder = starter_tower().parent / "photographs"
     starter_photographs(folder)
     return str(folder)
 
 
-def _checkpoint_to_resume(run: Path, resume: bool) -> Path | None:
+def _checkpoint_to_resume(run: Path, args: RefineTrainingArguments) -> Path | None:
     step = last_checkpoint_step(run) if run.is_dir() else None
-    if resume:
+    if args.resume:
+        if step is None and args.push_to_hub:
+            with args.main_process_first(desc="fetching the checkpoint"):
+                if args.local_process_index == 0:
+                    fetch_last_checkpoint(str(args.hub_model_id), run, args.hub_token)
+            step = last_checkpoint_step(run) if run.is_dir() else None
         if step is None:
             logger.warning(f"{run.name} holds no checkpoint: starting at step 0.")
             return None

@@ -160,6 +160,16 @@ class RefinementTrainer(Trainer):
         means = self.accelerator.reduce(means, reduction="mean")
         return dict(zip(names, means.tolist(), strict=True))
 
+    # The Hub: `HubSync` uploads whole checkpoints, without the base class's pickles
+
+    def init_hf_repo(
+        self, token: str | None = None, private: bool | None = None
+    ) -> None:
+        """Nothing: `HubSync` has made the repository."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: `HubSync` uploads when the checkpoint is whole."""
+
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:

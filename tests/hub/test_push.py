@@ -1,0 +1,435 @@
+"""`unirefiner push` and `verify` over the Hub's protocol, each in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from tests.publishing.conftest import (  # noqa: F401
+    make_record,
+    make_refined,
+    pixels,
+    save_run,
+)
+from unirefiner_hf.resources import PACKAGE
+from unirefiner_hf.training.trainer import save_adapter
+
+REPO = "alice/tiny-tower-unirefined"
+ALICE, BOB = "hf_PlantedAliceToken", "hf_PlantedBobToken"
+
+VERB = """
+import sys, time
+import unirefiner_hf.publishing.push as push
+from unirefiner_hf.cli import main
+from unirefiner_hf.publishing.reload_check import ReloadReport
+if "--unproved" in sys.argv:
+    sys.argv.remove("--unproved")
+    push.check_reload = lambda *args, **options: ReloadReport(0.0, {})
+if "--sleepless" in sys.argv:
+    sys.argv.remove("--sleepless")
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+sys.exit(main(sys.argv[1:]))
+"""
+
+LOAD = """
+import sys
+from safetensors.torch import load_file, save_file
+if sys.argv[3] == "remote":
+    sys.modules["unirefiner_hf"] = None
+else:
+    import unirefiner_hf
+from transformers import AutoModel
+model = AutoModel.from_pretrained(
+    sys.argv[1],
+    revision=sys.argv[4],
+    trust_remote_code=sys.argv[3] == "remote",
+)
+tokens = model(load_file("pixels")["pixels"]).last_hidden_state
+save_file({"tokens": tokens.detach().contiguous()}, sys.argv[2])
+"""
+
+
+@pytest.fixture
+def alice(hub, client_env):
+    hub.add_user("alice", ALICE)
+    hub.add_user("bob", BOB)
+    return client_env(token=ALICE)
+
+
+@pytest.fixture
+def run(save_run):  # noqa: F811
+    """A finished run whose base is a local folder: the words of a push."""
+    _, folder, base = save_run()
+    return [str(folder), REPO, "--model", str(base)]
+
+
+def script(code, environment, *words, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env={**environment, "PYTHONPATH": str(PACKAGE.parent)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def verb(environment, *words):
+    return script(VERB, environment, *words)
+
+
+def push(environment, run, *options):
+    return verb(environment, "push", *run, "--unproved", *options)
+
+
+def succeed(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def refused(done):
+    assert done.returncode == 2, (done.stdout, done.stderr[-3000:])
+    (line,) = [
+        text
+        for text in done.stderr.splitlines()
+        if text.startswith("unirefiner: error:")
+    ]
+    return line
+
+
+def change(folder, seed=1):
+    """Another training's result in the same run folder."""
+    save_adapter(make_refined("dinov2", seed=seed), Path(folder) / "adapter")
+
+
+def load(environment, repo, cwd, code="package", revision="main"):
+    save_file({"pixels": pixels()}, cwd / "pixels")
+    done = script(LOAD, environment, repo, f"tokens-{code}", code, revision, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(cwd / f"tokens-{code}")["tokens"]
+
+
+# The whole way
+
+
+def test_a_run_is_published_and_used(hub, alice, client_env, run, tmp_path):
+    said = succeed(verb(alice, "push", *run))
+    assert "reloaded in a fresh process: package" in said and "remote" in said
+    assert f"/{REPO} (public), commit" in said and "tag v0.1.0" in said
+
+    files = hub.files(REPO)
+    expected = {"README.md", "config.json", "model.safetensors", "before_after.png"}
+    expected |= {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+    expected |= {"preprocessor_config.json", "modeling_unirefiner.py", ".gitattributes"}
+    assert expected <= files.keys()
+    published, initial = hub.commits(REPO)
+    assert hub.commits(REPO, "v0.1.0")[0].oid == published.oid
+    card = ModelCard(files["README.md"].decode()).data
+    assert card.base_model == "example-lab/tiny-tower"
+    assert card["unirefiner"]["weights"].keys() == {
+        name for name in files if name.endswith(".safetensors")
+    }
+
+    model = make_refined("dinov2", register_width=2)
+    with torch.no_grad():
+        trained = model(pixels()).last_hidden_state
+    for code in ("package", "remote"):
+        anybody = client_env(token=None)
+        tokens = load(anybody, REPO, tmp_path, code)
+        torch.testing.assert_close(tokens, trained, atol=1e-5, rtol=0)
+
+    (tmp_path / "example-lab").mkdir()
+    (tmp_path / "tiny-tower").rename(tmp_path / "example-lab" / "tiny-tower")
+    text = files["README.md"].decode()
+    snippets = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(snippets) == 5
+    pasted = "\n".join(snippets)
+    pasted = pasted.replace('path = "tiny-tower-unirefined"', f'path = "{REPO}"')
+    anybody = client_env(token=None)
+    succeed(script(pasted, anybody, cwd=tmp_path))
+    example = (PACKAGE.parent / "examples" / "segmentation_backbone.py").read_text()
+    said = succeed(script(example, anybody, REPO, "2"))
+    assert "step 2: loss" in said
+
+
+def test_pushing_again_uploads_nothing(hub, alice, run):
+    succeed(push(alice, run))
+    head = hub.commits(REPO)[0].oid
+    hub.requests.clear()
+    assert "Nothing to upload" in succeed(push(alice, run))
+    assert hub.commits(REPO)[0].oid == head
+    assert not hub.count("PUT", "") and not hub.count("POST", "/commit/")
+
+
+def test_a_new_model_needs_a_new_tag(hub, alice, client_env, run, tmp_path):
+    succeed(push(alice, run))
+    before = hub.files(REPO)
+    change(run[0])
+    assert "tag v0.1.0" in refused(push(alice, run))
+    assert hub.files(REPO) == before
+    assert "Uploaded 3 files" in succeed(push(alice, run, "--tag", "v2"))
+    after = hub.files(REPO, "v2")
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert hub.files(REPO, "v0.1.0") == before
+    old = load(client_env(token=None), REPO, tmp_path, revision="v0.1.0")
+    new = load(client_env(token=None), REPO, tmp_path, revision="v2")
+    assert not torch.allclose(old, new, atol=1e-3)
+
+
+def test_shards_replace_one_file_and_the_other_way_round(
+    hub, alice, client_env, run, tmp_path
+):
+    succeed(push(alice, run))
+    said = succeed(push(alice, run, "--max_shard_size", "20KB", "--tag", "shards"))
+    assert "removed 1" in said
+    names = hub.files(REPO).keys()
+    assert "model.safetensors" not in names
+    assert "model.safetensors.index.json" in names
+    tokens = load(client_env(token=None), REPO, tmp_path)
+    with torch.no_grad():
+        trained = make_refined("dinov2", register_width=2)(pixels()).last_hidden_state
+    torch.testing.assert_close(tokens, trained, atol=1e-5, rtol=0)
+    assert "as published" in succeed(verb(client_env(token=None), "verify", REPO))
+    succeed(push(alice, run, "--tag", "whole"))
+    assert not [name for name in hub.files(REPO) if "-of-" in name]
+
+
+def test_the_native_tower_needs_no_package(hub, alice, client_env, run):
+    succeed(verb(alice, "push", *run, "--native"))
+    assert not [name for name in hub.files(REPO) if name.endswith(".py")]
+    code = "from transformers import AutoModel\n"
+    code += f"print(type(AutoModel.from_pretrained('{REPO}')).__name__)"
+    assert "Dinov2Model" in succeed(script(code, client_env(token=None)))
+
+
+# Who may, and whose it is
+
+
+def test_a_private_repository_stays_private(hub, alice, client_env, run, tmp_path):
+    assert "(private)" in succeed(push(alice, run, "--private"))
+    assert hub.repos[REPO].private
+    for token in (None, BOB, "hf_wrong"):
+        done = verb(client_env(token=token), "verify", REPO)
+        assert done.returncode == 2 and "as published" not in done.stdout
+    assert "as published" in succeed(verb(alice, "verify", REPO))
+    load(client_env(token=ALICE), REPO, tmp_path)
+
+
+def test_private_weights_do_not_go_into_a_public_repository(hub, alice, run):
+    hub.create(REPO)
+    assert "is public" in refused(push(alice, run, "--private"))
+    assert hub.files(REPO).keys() == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    "token, message",
+    [
+        (None, "Not logged in"),
+        ("hf_wrong", "does not accept the token"),
+        (BOB, "may not write to alice/"),
+    ],
+)
+def test_without_the_right_token_nothing_is_made(
+    hub, alice, client_env, run, token, message
+):
+    assert message in refused(push(client_env(token=token), run))
+    assert REPO not in hub.repos
+
+
+def test_what_another_hand_made_is_not_overwritten(hub, alice, run):
+    thesis = {"README.md": b"# Years of work\n", "pytorch_model.bin": b"\0weights"}
+    hub.create(REPO, thesis)
+    line = refused(push(alice, run))
+    assert "2 files" in line or "3 files" in line
+    assert "--force" in line
+    assert thesis.items() <= hub.files(REPO).items()
+    succeed(push(alice, run, "--force"))
+    assert hub.files(REPO)["pytorch_model.bin"] == b"\0weights"
+    # The file that stayed is no part of what was published.
+    done = verb(alice, "verify", REPO)
+    assert done.returncode == 1 and "UNLISTED  pytorch_model.bin" in done.stdout
+
+
+def test_a_model_of_another_base_is_not_overwritten(hub, alice, run):
+    succeed(push(alice, run))
+    record = make_record(model__base="example-lab/other-tower")
+    (Path(run[0]) / "run.json").write_text(json.dumps(record))
+    line = refused(push(alice, run))
+    assert "example-lab/tiny-tower" in line and "example-lab/other-tower" in line
+
+
+def test_a_gated_repository_opens_to_whom_it_grants(hub, alice, client_env, run):
+    succeed(push(alice, run))
+    hub.repos[REPO].gated = "manual"
+    done = verb(client_env(token=BOB), "verify", REPO)
+    assert done.returncode == 2 and "as published" not in done.stdout
+    hub.grant(REPO, "bob")
+    assert "as published" in succeed(verb(client_env(token=BOB), "verify", REPO))
+
+
+def test_an_unknown_licence_is_asked_for(hub, alice, run):
+    record = make_record(model__license=None)
+    (Path(run[0]) / "run.json").write_text(json.dumps(record))
+    assert "--license" in refused(push(alice, run))
+    assert REPO not in hub.repos
+    succeed(push(alice, run, "--license", "mit"))
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
+
+
+@pytest.mark.parametrize("name", ["no-owner", "alice/na me", "alice/a/b"])
+def test_odd_names_are_refused(alice, run, name):
+    assert repr(name) in refused(push(alice, [run[0], name, *run[2:]]))
+
+
+# Pull requests
+
+
+def test_a_pull_request_is_proposed_once(hub, alice, run):
+    hub.create(REPO, {"README.md": b"# Mine\n"})
+    said = succeed(push(alice, run, "--create-pr"))
+    assert "/discussions/1" in said
+    assert "model.safetensors" not in hub.files(REPO)
+    assert "model.safetensors" in hub.files(REPO, "refs/pr/1")
+    said = succeed(push(alice, run, "--create-pr"))
+    assert "Nothing to upload" in said and "/discussions/1" in said
+    assert "refs/pr/2" not in hub.repos[REPO].refs
+
+
+# Bad moments
+
+STEPS = [
+    ("GET", "/whoami-v2"),
+    ("GET", "/api/models/[^?]*"),
+    ("POST", "/validate-yaml"),
+    ("POST", "/repos/create"),
+    ("POST", "/preupload/"),
+    ("POST", "/info/lfs/objects/batch"),
+    ("PUT", ""),
+    ("POST", "/commit/"),
+    ("POST", "/tag/"),
+]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_every_step_outlives_two_refusals(hub, alice, run, status):
+    for method, path in STEPS:
+        hub.fail(method, path, status, times=2)
+    succeed(push(alice, run, "--sleepless"))
+    for method, path in STEPS:
+        assert hub.count(method, path, status) == 2, path
+    assert len(hub.commits(REPO)) == 2
+    assert "v0.1.0" in str(hub.repos[REPO].refs)
+
+
+def test_the_server_says_how_long_to_wait(hub, alice, run):
+    hub.fail("POST", "/commit/", 429, headers={"Retry-After": "3"})
+    done = push(alice, run, "--sleepless")
+    succeed(done)
+    assert "trying again in 3 s" in done.stderr
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, alice, run):
+    hub.fail("POST", "/commit/", 503, after=True)
+    succeed(push(alice, run, "--sleepless"))
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_refusals_without_end_leave_nothing_and_say_so(hub, alice, run):
+    hub.fail("POST", "/commit/", 503, times=1000)
+    assert "run the same command again" in refused(push(alice, run, "--sleepless"))
+    assert hub.files(REPO).keys() == {".gitattributes"}
+    hub._failures.clear()
+    succeed(push(alice, run))
+    assert "model.safetensors" in hub.files(REPO)
+
+
+def start(environment, run):
+    return subprocess.Popen(
+        [sys.executable, "-c", VERB, "push", *run, "--unproved"],
+        env={**environment, "PYTHONPATH": str(PACKAGE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("method, path", [("PUT", ""), ("POST", "/commit/")])
+def test_a_killed_push_is_finished_by_pushing_again(hub, alice, run, method, path):
+    hold = hub.hold(path, method)
+    process = start(alice, run)
+    hold.wait(120)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    hub.release()
+    assert hub.files(REPO).keys() == {".gitattributes"}
+    succeed(push(alice, run))
+    assert "model.safetensors" in hub.files(REPO)
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_a_change_by_somebody_else_is_not_buried(hub, alice, run):
+    hold = hub.hold("", "PUT")
+    process = start(alice, run)
+    hold.wait(120)
+    hub.commit(REPO, {"notes.txt": b"mine"})
+    hub.release()
+    process.stdout, process.stderr = process.stdout, process.stderr
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "changed by somebody else" in err
+    assert hub.files(REPO)["notes.txt"] == b"mine"
+    assert "model.safetensors" not in hub.files(REPO)
+
+
+# Verification
+
+
+def test_a_flipped_byte_is_found(hub, alice, client_env, run, tmp_path):
+    succeed(push(alice, run))
+    reader = client_env(token=None)
+    assert "2 weight files are as published" in succeed(verb(reader, "verify", REPO))
+    hub.flip_byte(REPO, "model.safetensors")
+    done = verb(client_env(token=None), "verify", REPO)
+    assert done.returncode == 1 and "WRONG     model.safetensors" in done.stdout
+    # The cache of the first reader is right, until it is told to fetch anew.
+    succeed(verb(reader, "verify", REPO))
+    done = verb(reader, "verify", REPO, "--force-download")
+    assert done.returncode == 1 and "WRONG" in done.stdout
+
+
+def test_a_missing_weight_file_is_found(hub, alice, client_env, run):
+    succeed(push(alice, run))
+    hub.commit(REPO, {"adapter/adapter_model.safetensors": None})
+    done = verb(client_env(token=None), "verify", REPO)
+    assert done.returncode == 1
+    assert "MISSING   adapter/adapter_model.safetensors" in done.stdout
+
+
+def test_a_foreign_model_cannot_be_verified(hub, alice):
+    hub.create("bob/other", {"README.md": b"# Other\n", "model.safetensors": b"\0"})
+    assert "states no checksums" in refused(verb(alice, "verify", "bob/other"))
+
+
+# Secrets
+
+
+def test_no_token_and_no_path_is_given_away(hub, alice, run, tmp_path):
+    done = verb(alice, "push", *run)
+    succeed(done)
+    secrets = [ALICE, str(tmp_path), os.path.expanduser("~")]
+    for name, content in hub.files(REPO).items():
+        for secret in secrets:
+            assert secret.encode() not in content, (name, secret)
+    for commit in hub.commits(REPO):
+        assert not [s for s in secrets if s in commit.title + commit.message]
+    assert ALICE not in done.stdout + done.stderr
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and "HF_HOME" not in str(path):
+            assert ALICE.encode() not in path.read_bytes(), path

@@ -1,0 +1,243 @@
+"""A run in progress on the Hub, so that it survives the loss of its machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    snapshot_download,
+)
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+
+from ..publishing.card import render_unfinished_card
+from ..publishing.hub import check_ours, remote_state, with_retries
+
+logger = logging.get_logger(__name__)
+
+LAST = "last-checkpoint"
+ADAPTER = "adapter"
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "register_patch.safetensors",
+)
+STAGING = ".pushing"
+
+
+class HubSync(TrainerCallback):
+    """Uploads the checkpoints of a run while it goes on.
+
+    Each upload is one commit: the adapter in ``adapter/``, the run's record, a card that
+    says the run is not finished, and, as the strategy asks, the whole checkpoint in
+    ``last-checkpoint/`` or under its own name. It runs in the background on hard links
+    or copies, so that the run may delete the checkpoint meanwhile. An upload that fails
+    is reported and does not stop the run; the next one carries everything again.
+
+    Args:
+        args: of the training; all its fields for the Hub are respected.
+        base: name of the base, for the card.
+
+    Attributes:
+        failures: reasons of the uploads that failed.
+        left_out: steps that were not uploaded because the last upload was under way
+            (``hub_always_push`` waits instead).
+
+    Raises:
+        HubError: the repository is not ours; see `check_ours`.
+    """
+
+    def __init__(self, args: TrainingArguments, base: str) -> None:
+        self.run = Path(str(args.output_dir))
+        self.repo_id = str(args.hub_model_id)
+        self.base = base
+        self.strategy = HubStrategy(args.hub_strategy)
+        self.always = args.hub_always_push
+        self.api = HfApi(token=args.hub_token, library_name="unirefiner_hf")
+        self.failures: list[str] = []
+        self.left_out: list[int] = []
+        self._upload: tuple[int, Future[CommitInfo]] | None = None
+        self._waiting: tuple[Path, int] | None = None
+        if not args.process_index:
+            check_ours(self.repo_id, remote_state(self.api, self.repo_id), base)
+            private = args.hub_private_repo
+            with_retries(
+                lambda: self.api.create_repo(
+                    self.repo_id, private=private, exist_ok=True
+                )
+            )
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            step = state.global_step
+            self.push(self.run / f"checkpoint-{step}", step)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.finish()
+        if self._waiting is not None:
+            self.left_out.remove(self._waiting[1])
+            self.push(*self._waiting)
+            self.finish()
+        if self.left_out:
+            logger.warning(
+                f"Steps {self.left_out} were not uploaded to {self.repo_id}: the upload "
+                "before was still under way. Save less often, or set hub_always_push."
+            )
+
+    def push(self, checkpoint: Path, step: int) -> None:
+        """Start the upload of a checkpoint."""
+        if self.strategy == HubStrategy.END:
+            return
+        if self._upload is not None and not self._upload[1].done() and not self.always:
+            self.left_out.append(step)
+            self._waiting = (checkpoint, step)
+            return
+        self.finish()
+        self._waiting = None
+        staging = self.run / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            folder = self._stage(checkpoint, staging, step)
+        except OSError as problem:
+            self._failed(step, problem)
+            return
+        future = self.api.run_as_future(self._commit, staging, folder, step)
+        self._upload = (step, future)
+
+    def finish(self) -> None:
+        """Wait for the upload under way, and report it if it failed."""
+        if self._upload is None:
+            return
+        step, future = self._upload
+        self._upload = None
+        problem = future.exception()
+        shutil.rmtree(self.run / STAGING, ignore_errors=True)
+        if problem is not None:
+            self._failed(step, problem)
+
+    def _failed(self, step: int, problem: BaseException) -> None:
+        reason = f"step {step}: {str(problem).splitlines()[0]}"
+        self.failures.append(reason)
+        logger.warning(f"Not uploaded to {self.repo_id}, {reason}. The run goes on.")
+
+    def _stage(self, checkpoint: Path, staging: Path, step: int) -> str | None:
+        """Lay out the commit's files; returns the checkpoint's folder among them."""
+        for name in ADAPTER_FILES:
+            if (checkpoint / name).is_file():
+                _link(checkpoint / name, staging / ADAPTER / name)
+        shutil.copyfile(self.run / "run.json", staging / "run.json")
+        card = render_unfinished_card(self.base, step)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        if self.strategy == HubStrategy.EVERY_SAVE:
+            return None
+        last = self.strategy == HubStrategy.CHECKPOINT
+        folder = LAST if last else checkpoint.name
+        for file in _files(checkpoint):
+            _link(checkpoint / file, staging / folder / file)
+        return folder
+
+    def _commit(self, staging: Path, folder: str | None, step: int) -> CommitInfo:
+        files = [file.as_posix() for file in _files(staging)]
+        stale = []
+        if folder is not None:
+            state = remote_state(self.api, self.repo_id)
+            there = state.files if state is not None else ()
+            below = [name for name in there if name.startswith(f"{folder}/")]
+            stale = [name for name in below if name not in files]
+
+        def send() -> CommitInfo:
+            add = [CommitOperationAdd(name, staging / name) for name in files]
+            remove = [CommitOperationDelete(name) for name in stale]
+            return self.api.create_commit(
+                self.repo_id,
+                [*add, *remove],
+                commit_message=f"Training in progress, step {step}",
+            )
+
+        return with_retries(send)
+
+
+def fetch_last_checkpoint(
+    repo_id: str, run: Path, token: str | None = None
+) -> Path | None:
+    """Download the newest checkpoint a run left on the Hub into its folder.
+
+    Returns:
+        ``checkpoint-N`` in the run's folder, None where the repository holds none.
+    """
+    api = HfApi(token=token, library_name="unirefiner_hf")
+    state = remote_state(api, repo_id)
+    folders = (
+        {name.split("/")[0] for name in state.files if "/" in name} if state else ()
+    )
+    numbered = [name for name in folders if name.startswith("checkpoint-")]
+    chosen = max(numbered, key=lambda name: int(name.split("-")[1]), default=None)
+    chosen = LAST if LAST in folders else chosen
+    if chosen is None or state is None:
+        return None
+    staging = run / ".fetching"
+    shutil.rmtree(staging, ignore_errors=True)
+    with_retries(
+        lambda: snapshot_download(
+            repo_id,
+            revision=state.head,
+            allow_patterns=[f"{chosen}/*"],
+            local_dir=staging,
+            token=token,
+        )
+    )
+    step = _step(staging / chosen)
+    target = run / f"checkpoint-{step}"
+    os.replace(staging / chosen, target)
+    shutil.rmtree(staging, ignore_errors=True)
+    logger.warning(f"Fetched checkpoint-{step} from {repo_id}.")
+    return target
+
+
+def _step(checkpoint: Path) -> int:
+    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text())
+    return int(state["global_step"])
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    """Every file below a folder, relative to it."""
+    return sorted(
+        file.relative_to(folder) for file in folder.rglob("*") if file.is_file()
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system knows none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
