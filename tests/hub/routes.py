@@ -344,16 +344,20 @@ class Call:
 
     # Uploading
 
-    def target(self, repo_id: str) -> Repo:
-        """The repo to write to; anyone who may read it may open a pull request."""
+    def target(self, repo_id: str, revision: str) -> Repo:
+        """The repo to write to. Any reader may open a pull request and add to one of their own."""
+        repo = self.repo(repo_id, content=True)
+        user = self.signed_in()
+        number = re.fullmatch(r"refs/pr/(\d+)", revision)
+        if number and int(number[1]) <= len(repo.discussions):
+            if self.discussion_of(repo, number[1])["author"]["name"] == user:
+                return repo
         pull_request = self.query.get("create_pr", ["0"])[0] == "1"
-        if pull_request:
-            self.signed_in()
-        return self.repo(repo_id, write=not pull_request, content=True)
+        return repo if pull_request else self.repo(repo_id, write=True)
 
     @route("POST", f"{MODEL}/preupload/([^/]+)")
     def preupload(self, repo_id: str, revision: str) -> Reply:
-        repo = self.target(repo_id)
+        repo = self.target(repo_id, revision)
         tree = repo.resolve(revision).tree
         files = []
         for asked in self.data().get("files", []):
@@ -460,7 +464,7 @@ class Call:
 
     @route("POST", f"{MODEL}/commit/([^/]+)")
     def commit(self, repo_id: str, revision: str) -> Reply:
-        repo = self.target(repo_id)
+        repo = self.target(repo_id, revision)
         header, operations = self.operations()
         head, ref = repo.resolve(revision), repo.ref(revision)
         pull_request = self.query.get("create_pr", ["0"])[0] == "1"
@@ -689,7 +693,7 @@ class Call:
         if self.hub.xet_store is None:
             raise HubError(404, "This server has no Xet storage")
         if kind == "write":
-            self.target(repo_id)
+            self.target(repo_id, revision)
         else:
             self.repo(repo_id, content=True)
         url, key, end = (

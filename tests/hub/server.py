@@ -173,6 +173,7 @@ class _Failure:
     left: int
     headers: dict[str, str]
     after: bool
+    body: bytes
 
 
 class Hold:
@@ -347,15 +348,16 @@ class LoopbackHub:
         headers: Mapping[str, str] | None = None,
         *,
         after: bool = False,
+        body: bytes = b'{"error": "injected failure"}',
     ) -> None:
         """Answer the next `times` matching requests with `status`; 0 cuts the connection.
 
         `after=True` carries the request out first, so that only the reply is lost. `path_regex` is
-        searched in path and query.
+        searched in path and query. A gateway in front of a Hub need not answer in JSON: see `body`.
         """
-        pattern = re.compile(path_regex)
+        pattern, headers = re.compile(path_regex), dict(headers or {})
         self._failures.append(
-            _Failure(method, pattern, status, times, dict(headers or {}), after)
+            _Failure(method, pattern, status, times, headers, after, body)
         )
 
     def hold(
@@ -526,8 +528,7 @@ class _Handler(BaseHTTPRequestHandler):
             if failure := hub._failure(request, after):
                 if failure.status == 0:
                     raise _Cut
-                error = json.dumps({"error": "injected failure"}).encode()
-                return Reply(failure.status, error, failure.headers)
+                return Reply(failure.status, failure.body, failure.headers)
             if not after:
                 reply = self._carry_out(request, body)
         assert reply is not None
