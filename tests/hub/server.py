@@ -152,7 +152,8 @@ class Request:
     """What one request was and how it was answered.
 
     `path` keeps its percent signs. `token` is the bearer token, None without one. `body` is the
-    first 4096 bytes, `size` the length of all. `status` is 0 where no reply was sent.
+    first 4096 bytes, `size` the length of all. `status` is 0 where no reply was sent. `done` is set
+    when the server is through with it.
     """
 
     method: str
@@ -163,6 +164,7 @@ class Request:
     size: int
     headers: dict[str, str]
     status: int = 0
+    done: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
 @dataclass
@@ -182,6 +184,7 @@ class Hold:
     def __init__(self, path: re.Pattern, method: str | None, after: bool):
         self.path, self.method, self.after = path, method, after
         self._reached, self._open = threading.Event(), threading.Event()
+        self._standing: list[Request] = []
 
     def wait(self, timeout: float = 30) -> None:
         """Until one request stands here; TimeoutError after `timeout` seconds."""
@@ -191,7 +194,8 @@ class Hold:
     def release(self) -> None:
         self._open.set()
 
-    def _stop_here(self) -> None:
+    def _stop_here(self, request: Request) -> None:
+        self._standing.append(request)
         self._reached.set()
         self._open.wait()
 
@@ -372,10 +376,13 @@ class LoopbackHub:
         return hold
 
     def release(self) -> None:
-        """End all holds."""
-        for hold in self._holds:
+        """End all holds; when this returns, the server is through with what stood there."""
+        holds, self._holds = self._holds, []
+        for hold in holds:
             hold.release()
-        self._holds.clear()
+        for hold in holds:
+            for request in hold._standing:
+                request.done.wait(30)
 
     def count(self, method: str, path_regex: str, status: int | None = None) -> int:
         """How many requests so far match."""
@@ -419,7 +426,7 @@ class LoopbackHub:
         for hold in list(self._holds):
             if hold.method in (None, request.method) and hold.after == after:
                 if hold.path.search(request.path + "?" + request.query):
-                    hold._stop_here()
+                    hold._stop_here(request)
 
 
 class _Server(ThreadingHTTPServer):
@@ -453,6 +460,7 @@ def json_reply(data: Any, status: int = 200, **headers: str) -> Reply:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    wbufsize = -1
     timeout = 120
     server: _Server
 
@@ -500,21 +508,25 @@ class _Handler(BaseHTTPRequestHandler):
             request.body, request.size = body[:4096], len(body)
             hub.requests.append(request)
             reply = self._answer(request, body)
+            request.status = reply.status
+            self._send(reply)
         except (_Cut, ValueError, OSError):
             self.close_connection = True
             self.connection.close()
-            return
-        request.status = reply.status
+        finally:
+            request.done.set()
+
+    def _send(self, reply: Reply) -> None:
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
         if "Content-Length" not in reply.headers:
             self.send_header("Content-Length", str(len(reply.body)))
         self.send_header("X-Request-Id", secrets.token_hex(8))
-        self._headers_buffer.append(b"\r\n")
-        head = b"".join(self._headers_buffer)
-        self._headers_buffer = []
-        self.wfile.write(head + (b"" if self.command == "HEAD" else reply.body))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(reply.body)
+        self.wfile.flush()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

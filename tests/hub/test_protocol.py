@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 
@@ -65,6 +66,9 @@ def test_push_again_tag_and_download(hub, client_env, tmp_path):
         assert again.oid == first.oid and first.commit_url.endswith(first.oid)
         api.create_tag("alice/tiny", tag="v1.0", revision=first.oid)
         api.create_tag("alice/tiny", tag="v1.0", exist_ok=True)
+        def tag_again():
+            api.create_tag("alice/tiny", tag="v1.0")
+        assert error_of(tag_again) == ("HfHubHTTPError", 409)
         api.create_branch("alice/tiny", branch="next/one")
         more = api.upload_file(repo_id="alice/tiny", path_or_fileobj=b"new words",
                                path_in_repo="onnx/notes.txt", revision="next/one")
@@ -110,6 +114,8 @@ def test_push_again_tag_and_download(hub, client_env, tmp_path):
         assert (tmp_path / "v1" / path).read_bytes() == data
     assert (tmp_path / "next/onnx/notes.txt").read_bytes() == b"new words"
     assert hub.count("PUT", "/storage/") == 2
+    # One push, one file on the branch, two deletions; the second push had nothing to commit.
+    assert hub.count("POST", "/commit/") == 4
     assert [c.title for c in hub.commits("alice/tiny")][1:] == [
         "First",
         "initial commit",
@@ -293,6 +299,22 @@ def test_what_the_client_retries_itself(hub, client_env, tmp_path):
     assert tried(steps, client_env()) == [*told, f"{http} 429", "RemoteProtocolError"]
     assert "alice/new" not in hub.repos and "README.md" not in hub.files("alice/tiny")
 
+    # A commit that changes nothing, which the client itself never sends, makes no new one.
+    lines = [("header", {"summary": "Same"})]
+    lines += [
+        ("file", {"path": "config.json", "content": "e30=", "encoding": "base64"})
+    ]
+    body = "".join(json.dumps({"key": k, "value": v}) + "\n" for k, v in lines)
+    head = hub.commits("alice/tiny")[0].oid
+    request = Request(
+        f"{hub.url}/api/models/alice/tiny/commit/main",
+        data=body.encode(),
+        headers={"Authorization": f"Bearer {ALICE}"},
+    )
+    opener = build_opener(ProxyHandler({}))
+    assert json.load(opener.open(request))["commitOid"] == head
+    assert hub.commits("alice/tiny")[0].oid == head
+
     # The reply to a commit is lost: a second push finds everything there.
     hub.fail("POST", "/commit/", 503, after=True)
     before = len(hub.commits("alice/tiny"))
@@ -315,6 +337,9 @@ def test_multipart_and_a_client_killed_in_the_middle(hub, client_env, tmp_path):
     client.communicate()
     hub.release()
     assert len(hub.commits("alice/tiny")) == 1
+    assert all(3 not in upload["parts"] for upload in hub.uploads.values())
+    assert {r.status for r in hub.matching("PUT", "part=3")} == {0}
+    assert hub.count("PUT", "part=1", 200) > 0
     run_python(code, client_env())
     assert without_attributes(hub.files("alice/tiny")) == files
     assert hub.count("POST", "/complete") == 3
@@ -328,6 +353,7 @@ def test_multipart_and_a_client_killed_in_the_middle(hub, client_env, tmp_path):
     client.kill()
     client.communicate()
     hub.release()
+    assert [r.status for r in hub.matching("POST", "/commit/")] == [200, 0]
     puts = hub.count("PUT", "/storage/")
     run_python(code, client_env())
     assert len(hub.commits("alice/tiny")) == 3 and hub.count("PUT", "/storage/") == puts
@@ -420,6 +446,15 @@ def test_xet_upload_and_download(xet_hub, client_env, tmp_path):
     assert hub.count("GET", "/xet-read-token/", 200) > 0
     assert hub.count("GET", "/resolve/.*safetensors") == 0
     assert without_attributes(hub.files("alice/tiny")) == files
+    run_python(
+        """
+        from huggingface_hub import hf_hub_download
+        hf_hub_download("alice/tiny", "model-00001-of-00002.safetensors")
+        """,
+        client_env(xet=True, url=hub.url),
+    )
+    assert hub.count("HEAD", "/resolve/.*safetensors") == 1
+    assert hub.count("GET", "/resolve/.*safetensors") == 0
     # A client without Xet reads the same files, and adds one by LFS.
     other = tmp_path / "other"
     run_python(
