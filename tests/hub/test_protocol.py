@@ -318,8 +318,10 @@ def test_what_the_client_retries_itself(hub, client_env, tmp_path):
     # The reply to a commit is lost: a second push finds everything there.
     hub.fail("POST", "/commit/", 503, after=True)
     before = len(hub.commits("alice/tiny"))
+    sent = hub.count("POST", "/commit/")
     assert tried([push.format(card)] * 2, client_env()) == [f"{http} 503", "ok"]
     assert len(hub.commits("alice/tiny")) == before + 1
+    assert hub.count("POST", "/commit/") == sent + 1
 
 
 def test_multipart_and_a_client_killed_in_the_middle(hub, client_env, tmp_path):
