@@ -213,7 +213,7 @@ class LoopbackHub:
 
     `lfs_threshold`: files of that many bytes are LFS whatever their name. `multipart_threshold`:
     LFS files above it are uploaded in parts of `part_size` bytes. `xet=True` offers Xet storage too
-    (see `xet_store`); clients then must not set HF_HUB_DISABLE_XET.
+    (see `xet_store`); clients then must not set HF_HUB_DISABLE_XET. `port` 0 is a free one.
     """
 
     def __init__(
@@ -223,6 +223,7 @@ class LoopbackHub:
         multipart_threshold: int = 5_000_000_000,
         part_size: int = 20_000_000,
         xet: bool = False,
+        port: int = 0,
     ):
         self.lfs_threshold = lfs_threshold
         self.multipart_threshold = multipart_threshold
@@ -241,7 +242,7 @@ class LoopbackHub:
             from .xet_store import XetStore
 
             self.xet_store = XetStore(Path(self._folder.name))
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,26 +17,13 @@ from tests.publishing.conftest import (  # noqa: F401
     pixels,
     save_run,
 )
+from tests.hub.server import LoopbackHub
+from tests.hub.verbs import Verbs
 from unirefiner_hf.resources import PACKAGE
 from unirefiner_hf.training.trainer import save_adapter
 
 REPO = "alice/tiny-tower-unirefined"
 ALICE, BOB = "hf_PlantedAliceToken", "hf_PlantedBobToken"
-
-VERB = """
-import sys, time
-import unirefiner_hf.publishing.push as push
-from unirefiner_hf.cli import main
-from unirefiner_hf.publishing.reload_check import ReloadReport
-if "--unproved" in sys.argv:
-    sys.argv.remove("--unproved")
-    push.check_reload = lambda *args, **options: ReloadReport(0.0, {})
-if "--sleepless" in sys.argv:
-    sys.argv.remove("--sleepless")
-    sleep = time.sleep
-    time.sleep = lambda seconds: sleep(min(seconds, 0.01))
-sys.exit(main(sys.argv[1:]))
-"""
 
 LOAD = """
 import sys
@@ -57,11 +43,28 @@ save_file({"tokens": tokens.detach().contiguous()}, sys.argv[2])
 """
 
 
+@pytest.fixture(scope="session")
+def verbs(tmp_path_factory):
+    return Verbs(tmp_path_factory.mktemp("verbs"))
+
+
 @pytest.fixture
-def alice(hub, client_env):
+def hub(verbs):
+    hub = LoopbackHub(port=verbs.port).start()
     hub.add_user("alice", ALICE)
     hub.add_user("bob", BOB)
-    return client_env(token=ALICE)
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def push(hub, verbs, run):
+    """Push the run as alice, or another."""
+
+    def push(*options, token=ALICE, **how):
+        return verbs("push", *run, *options, token=token, **how)
+
+    return push
 
 
 @pytest.fixture
@@ -74,20 +77,12 @@ def run(save_run):  # noqa: F811
 def script(code, environment, *words, cwd=None):
     return subprocess.run(
         [sys.executable, "-c", code, *words],
-        env={**environment, "PYTHONPATH": str(PACKAGE.parent)},
+        env=environment,
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=300,
     )
-
-
-def verb(environment, *words):
-    return script(VERB, environment, *words)
-
-
-def push(environment, run, *options):
-    return verb(environment, "push", *run, "--unproved", *options)
 
 
 def succeed(done):
@@ -120,8 +115,8 @@ def load(environment, repo, cwd, code="package", revision="main"):
 # The whole way
 
 
-def test_a_run_is_published_and_used(hub, alice, client_env, run, tmp_path):
-    said = succeed(verb(alice, "push", *run))
+def test_a_run_is_published_and_used(hub, push, client_env, tmp_path):
+    said = succeed(push(proved=True))
     assert "reloaded in a fresh process: package" in said and "remote" in said
     assert f"/{REPO} (public), commit" in said and "tag v0.1.0" in said
 
@@ -156,26 +151,25 @@ def test_a_run_is_published_and_used(hub, alice, client_env, run, tmp_path):
     anybody = client_env(token=None)
     succeed(script(pasted, anybody, cwd=tmp_path))
     example = (PACKAGE.parent / "examples" / "segmentation_backbone.py").read_text()
-    said = succeed(script(example, anybody, REPO, "2"))
-    assert "step 2: loss" in said
+    assert "step 2: loss" in succeed(script(example, anybody, REPO, "2"))
 
 
-def test_pushing_again_uploads_nothing(hub, alice, run):
-    succeed(push(alice, run))
+def test_pushing_again_uploads_nothing(hub, push, run):
+    succeed(push())
     head = hub.commits(REPO)[0].oid
     hub.requests.clear()
-    assert "Nothing to upload" in succeed(push(alice, run))
+    assert "Nothing to upload" in succeed(push())
     assert hub.commits(REPO)[0].oid == head
     assert not hub.count("PUT", "") and not hub.count("POST", "/commit/")
 
 
-def test_a_new_model_needs_a_new_tag(hub, alice, client_env, run, tmp_path):
-    succeed(push(alice, run))
+def test_a_new_model_needs_a_new_tag(hub, push, run, client_env, tmp_path):
+    succeed(push())
     before = hub.files(REPO)
     change(run[0])
-    assert "tag v0.1.0" in refused(push(alice, run))
+    assert "tag v0.1.0" in refused(push())
     assert hub.files(REPO) == before
-    assert "Uploaded 3 files" in succeed(push(alice, run, "--tag", "v2"))
+    assert "Uploaded 3 files" in succeed(push("--tag", "v2"))
     after = hub.files(REPO, "v2")
     assert after["model.safetensors"] != before["model.safetensors"]
     assert hub.files(REPO, "v0.1.0") == before
@@ -185,10 +179,10 @@ def test_a_new_model_needs_a_new_tag(hub, alice, client_env, run, tmp_path):
 
 
 def test_shards_replace_one_file_and_the_other_way_round(
-    hub, alice, client_env, run, tmp_path
+    hub, push, verbs, client_env, tmp_path
 ):
-    succeed(push(alice, run))
-    said = succeed(push(alice, run, "--max_shard_size", "20KB", "--tag", "shards"))
+    succeed(push())
+    said = succeed(push("--max_shard_size", "20KB", "--tag", "shards"))
     assert "removed 1" in said
     names = hub.files(REPO).keys()
     assert "model.safetensors" not in names
@@ -197,13 +191,13 @@ def test_shards_replace_one_file_and_the_other_way_round(
     with torch.no_grad():
         trained = make_refined("dinov2", register_width=2)(pixels()).last_hidden_state
     torch.testing.assert_close(tokens, trained, atol=1e-5, rtol=0)
-    assert "as published" in succeed(verb(client_env(token=None), "verify", REPO))
-    succeed(push(alice, run, "--tag", "whole"))
+    assert "as published" in succeed(verbs("verify", REPO))
+    succeed(push("--tag", "whole"))
     assert not [name for name in hub.files(REPO) if "-of-" in name]
 
 
-def test_the_native_tower_needs_no_package(hub, alice, client_env, run):
-    succeed(verb(alice, "push", *run, "--native"))
+def test_the_native_tower_needs_no_package(hub, push, verbs, client_env):
+    succeed(push("--native", proved=True))
     assert not [name for name in hub.files(REPO) if name.endswith(".py")]
     code = "from transformers import AutoModel\n"
     code += f"print(type(AutoModel.from_pretrained('{REPO}')).__name__)"
@@ -213,19 +207,19 @@ def test_the_native_tower_needs_no_package(hub, alice, client_env, run):
 # Who may, and whose it is
 
 
-def test_a_private_repository_stays_private(hub, alice, client_env, run, tmp_path):
-    assert "(private)" in succeed(push(alice, run, "--private"))
+def test_a_private_repository_stays_private(hub, push, verbs, client_env, tmp_path):
+    assert "(private)" in succeed(push("--private"))
     assert hub.repos[REPO].private
     for token in (None, BOB, "hf_wrong"):
-        done = verb(client_env(token=token), "verify", REPO)
+        done = verbs("verify", REPO, token=token)
         assert done.returncode == 2 and "as published" not in done.stdout
-    assert "as published" in succeed(verb(alice, "verify", REPO))
+    assert "as published" in succeed(verbs("verify", REPO, token=ALICE))
     load(client_env(token=ALICE), REPO, tmp_path)
 
 
-def test_private_weights_do_not_go_into_a_public_repository(hub, alice, run):
+def test_private_weights_do_not_go_into_a_public_repository(hub, push, run):
     hub.create(REPO)
-    assert "is public" in refused(push(alice, run, "--private"))
+    assert "is public" in refused(push("--private"))
     assert hub.files(REPO).keys() == {".gitattributes"}
 
 
@@ -237,68 +231,66 @@ def test_private_weights_do_not_go_into_a_public_repository(hub, alice, run):
         (BOB, "may not write to alice/"),
     ],
 )
-def test_without_the_right_token_nothing_is_made(
-    hub, alice, client_env, run, token, message
-):
-    assert message in refused(push(client_env(token=token), run))
+def test_without_the_right_token_nothing_is_made(hub, push, token, message):
+    assert message in refused(push(token=token))
     assert REPO not in hub.repos
 
 
-def test_what_another_hand_made_is_not_overwritten(hub, alice, run):
+def test_what_another_hand_made_is_not_overwritten(hub, push, verbs):
     thesis = {"README.md": b"# Years of work\n", "pytorch_model.bin": b"\0weights"}
     hub.create(REPO, thesis)
-    line = refused(push(alice, run))
+    line = refused(push())
     assert "2 files" in line or "3 files" in line
     assert "--force" in line
     assert thesis.items() <= hub.files(REPO).items()
-    succeed(push(alice, run, "--force"))
+    succeed(push("--force"))
     assert hub.files(REPO)["pytorch_model.bin"] == b"\0weights"
     # The file that stayed is no part of what was published.
-    done = verb(alice, "verify", REPO)
+    done = verbs("verify", REPO, token=ALICE)
     assert done.returncode == 1 and "UNLISTED  pytorch_model.bin" in done.stdout
 
 
-def test_a_model_of_another_base_is_not_overwritten(hub, alice, run):
-    succeed(push(alice, run))
+def test_a_model_of_another_base_is_not_overwritten(hub, push, run):
+    succeed(push())
     record = make_record(model__base="example-lab/other-tower")
     (Path(run[0]) / "run.json").write_text(json.dumps(record))
-    line = refused(push(alice, run))
+    line = refused(push())
     assert "example-lab/tiny-tower" in line and "example-lab/other-tower" in line
 
 
-def test_a_gated_repository_opens_to_whom_it_grants(hub, alice, client_env, run):
-    succeed(push(alice, run))
+def test_a_gated_repository_opens_to_whom_it_grants(hub, push, verbs, client_env):
+    succeed(push())
     hub.repos[REPO].gated = "manual"
-    done = verb(client_env(token=BOB), "verify", REPO)
+    done = verbs("verify", REPO, token=BOB)
     assert done.returncode == 2 and "as published" not in done.stdout
     hub.grant(REPO, "bob")
-    assert "as published" in succeed(verb(client_env(token=BOB), "verify", REPO))
+    assert "as published" in succeed(verbs("verify", REPO, token=BOB))
 
 
-def test_an_unknown_licence_is_asked_for(hub, alice, run):
+def test_an_unknown_licence_is_asked_for(hub, push, run):
     record = make_record(model__license=None)
     (Path(run[0]) / "run.json").write_text(json.dumps(record))
-    assert "--license" in refused(push(alice, run))
+    assert "--license" in refused(push())
     assert REPO not in hub.repos
-    succeed(push(alice, run, "--license", "mit"))
+    succeed(push("--license", "mit"))
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
 
 
 @pytest.mark.parametrize("name", ["no-owner", "alice/na me", "alice/a/b"])
-def test_odd_names_are_refused(alice, run, name):
-    assert repr(name) in refused(push(alice, [run[0], name, *run[2:]]))
+def test_odd_names_are_refused(verbs, run, name):
+    assert repr(name) in refused(verbs("push", run[0], name, *run[2:], token=ALICE))
 
 
 # Pull requests
 
 
-def test_a_pull_request_is_proposed_once(hub, alice, run):
+def test_a_pull_request_is_proposed_once(hub, push, run):
     hub.create(REPO, {"README.md": b"# Mine\n"})
-    said = succeed(push(alice, run, "--create-pr"))
+    said = succeed(push("--create-pr"))
     assert "/discussions/1" in said
     assert "model.safetensors" not in hub.files(REPO)
     assert "model.safetensors" in hub.files(REPO, "refs/pr/1")
-    said = succeed(push(alice, run, "--create-pr"))
+    said = succeed(push("--create-pr"))
     assert "Nothing to upload" in said and "/discussions/1" in said
     assert "refs/pr/2" not in hub.repos[REPO].refs
 
@@ -319,71 +311,60 @@ STEPS = [
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_every_step_outlives_two_refusals(hub, alice, run, status):
+def test_every_step_outlives_two_refusals(hub, push, status):
     for method, path in STEPS:
         hub.fail(method, path, status, times=2)
-    succeed(push(alice, run, "--sleepless"))
+    succeed(push(sleepless=True))
     for method, path in STEPS:
         assert hub.count(method, path, status) == 2, path
     assert len(hub.commits(REPO)) == 2
     assert "v0.1.0" in str(hub.repos[REPO].refs)
 
 
-def test_the_server_says_how_long_to_wait(hub, alice, run):
+def test_the_server_says_how_long_to_wait(hub, push, run):
     hub.fail("POST", "/commit/", 429, headers={"Retry-After": "3"})
-    done = push(alice, run, "--sleepless")
+    done = push(sleepless=True)
     succeed(done)
     assert "trying again in 3 s" in done.stderr
 
 
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, alice, run):
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push, run):
     hub.fail("POST", "/commit/", 503, after=True)
-    succeed(push(alice, run, "--sleepless"))
+    succeed(push(sleepless=True))
     assert len(hub.commits(REPO)) == 2
 
 
-def test_refusals_without_end_leave_nothing_and_say_so(hub, alice, run):
+def test_refusals_without_end_leave_nothing_and_say_so(hub, push, run):
     hub.fail("POST", "/commit/", 503, times=1000)
-    assert "run the same command again" in refused(push(alice, run, "--sleepless"))
+    assert "run the same command again" in refused(push(sleepless=True))
     assert hub.files(REPO).keys() == {".gitattributes"}
     hub._failures.clear()
-    succeed(push(alice, run))
+    succeed(push())
     assert "model.safetensors" in hub.files(REPO)
-
-
-def start(environment, run):
-    return subprocess.Popen(
-        [sys.executable, "-c", VERB, "push", *run, "--unproved"],
-        env={**environment, "PYTHONPATH": str(PACKAGE.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize("method, path", [("PUT", ""), ("POST", "/commit/")])
-def test_a_killed_push_is_finished_by_pushing_again(hub, alice, run, method, path):
+def test_a_killed_push_is_finished_by_pushing_again(
+    hub, verbs, push, run, method, path
+):
     hold = hub.hold(path, method)
-    process = start(alice, run)
+    running = verbs.start("push", *run, token=ALICE)
     hold.wait(120)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    running.kill()
     hub.release()
     assert hub.files(REPO).keys() == {".gitattributes"}
-    succeed(push(alice, run))
+    succeed(push())
     assert "model.safetensors" in hub.files(REPO)
     assert len(hub.commits(REPO)) == 2
 
 
-def test_a_change_by_somebody_else_is_not_buried(hub, alice, run):
+def test_a_change_by_somebody_else_is_not_buried(hub, verbs, run):
     hold = hub.hold("", "PUT")
-    process = start(alice, run)
+    running = verbs.start("push", *run, token=ALICE)
     hold.wait(120)
     hub.commit(REPO, {"notes.txt": b"mine"})
     hub.release()
-    process.stdout, process.stderr = process.stdout, process.stderr
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "changed by somebody else" in err
+    assert "changed by somebody else" in refused(running.wait())
     assert hub.files(REPO)["notes.txt"] == b"mine"
     assert "model.safetensors" not in hub.files(REPO)
 
@@ -391,37 +372,34 @@ def test_a_change_by_somebody_else_is_not_buried(hub, alice, run):
 # Verification
 
 
-def test_a_flipped_byte_is_found(hub, alice, client_env, run, tmp_path):
-    succeed(push(alice, run))
-    reader = client_env(token=None)
-    assert "2 weight files are as published" in succeed(verb(reader, "verify", REPO))
+def test_a_flipped_byte_is_found(hub, push, verbs):
+    succeed(push())
+    assert "2 weight files are as published" in succeed(verbs("verify", REPO))
     hub.flip_byte(REPO, "model.safetensors")
-    done = verb(client_env(token=None), "verify", REPO)
+    # What was downloaded before is right, until it is fetched anew.
+    succeed(verbs("verify", REPO))
+    done = verbs("verify", REPO, "--force-download")
     assert done.returncode == 1 and "WRONG     model.safetensors" in done.stdout
-    # The cache of the first reader is right, until it is told to fetch anew.
-    succeed(verb(reader, "verify", REPO))
-    done = verb(reader, "verify", REPO, "--force-download")
-    assert done.returncode == 1 and "WRONG" in done.stdout
 
 
-def test_a_missing_weight_file_is_found(hub, alice, client_env, run):
-    succeed(push(alice, run))
+def test_a_missing_weight_file_is_found(hub, push, verbs, client_env):
+    succeed(push())
     hub.commit(REPO, {"adapter/adapter_model.safetensors": None})
-    done = verb(client_env(token=None), "verify", REPO)
+    done = verbs("verify", REPO)
     assert done.returncode == 1
     assert "MISSING   adapter/adapter_model.safetensors" in done.stdout
 
 
-def test_a_foreign_model_cannot_be_verified(hub, alice):
+def test_a_foreign_model_cannot_be_verified(hub, verbs):
     hub.create("bob/other", {"README.md": b"# Other\n", "model.safetensors": b"\0"})
-    assert "states no checksums" in refused(verb(alice, "verify", "bob/other"))
+    assert "states no checksums" in refused(verbs("verify", "bob/other"))
 
 
 # Secrets
 
 
-def test_no_token_and_no_path_is_given_away(hub, alice, run, tmp_path):
-    done = verb(alice, "push", *run)
+def test_no_token_and_no_path_is_given_away(hub, push, tmp_path):
+    done = push(proved=True)
     succeed(done)
     secrets = [ALICE, str(tmp_path), os.path.expanduser("~")]
     for name, content in hub.files(REPO).items():

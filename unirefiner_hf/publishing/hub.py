@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def with_retries(
             reason = f"the Hub answered {status}"
         except TransportError as problem:
             reason = f"the connection failed ({type(problem).__name__})"
+        except json.JSONDecodeError:
+            # The client reads the answer of the card's validation before its status.
+            reason = "the Hub answered with no JSON"
         logger.warning(f"{reason}: trying again in {wait:.0f} s.")
         time.sleep(min(wait, LONGEST_WAIT))
     return call()

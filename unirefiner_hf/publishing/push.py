@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,9 +160,8 @@ def push_run(
     _validate_card(folder)
 
     if state is None:
-        _refusals(
-            lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id
-        )
+        create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+        _refusals(lambda: with_retries(create), repo_id)
     tag = tag or f"v{found.record['versions']['unirefiner_hf']}"
     upload = _propose if create_pr else _commit
     return _refusals(lambda: upload(api, repo_id, folder, tag, check), repo_id)

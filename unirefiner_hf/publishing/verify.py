@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, snapshot_download
-from transformers.utils import logging
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 from .card import METADATA
 from .digests import is_of_training, sha256
 from .hub import HubError, with_retries
-
-logger = logging.get_logger(__name__)
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 """Endings of weight files that are not safetensors."""
@@ -58,16 +55,7 @@ def verify(
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
-        folder = Path(
-            with_retries(
-                lambda: snapshot_download(
-                    str(checkpoint),
-                    revision=revision,
-                    force_download=force_download,
-                    ignore_patterns=["last-checkpoint/*", "checkpoint-*/*"],
-                )
-            )
-        )
+        folder = _download(str(checkpoint), revision, force_download)
     readme = folder / "README.md"
     own = None
     if readme.is_file():
@@ -92,4 +80,23 @@ def verify(
         wrong={n: (str(stated[n]), d) for n, d in digests.items() if d != stated[n]},
         missing=tuple(sorted(stated.keys() - found.keys())),
         unlisted=tuple(sorted(found.keys() - stated.keys())),
+    )
+
+
+def _download(repo_id: str, revision: str | None, force: bool) -> Path:
+    """The repository's model in the cache.
+
+    The commit is asked for first: the download alone would be content with an old copy
+    of a repository that is gone or closed by now.
+    """
+    info = with_retries(lambda: HfApi().model_info(repo_id, revision=revision))
+    return Path(
+        with_retries(
+            lambda: snapshot_download(
+                repo_id,
+                revision=info.sha,
+                force_download=force,
+                ignore_patterns=["last-checkpoint/*", "checkpoint-*/*"],
+            )
+        )
     )
