@@ -142,7 +142,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {self.format_version}, this version of the code "
-                f"reads up to {FORMAT_VERSION}: update unirefiner_hf."
+                f"reads up to {FORMAT_VERSION}: pip install -U unirefiner_hf."
             )
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
