@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote
 import yaml
 
 from .card_rules import REPO_ID, read_metadata, validate_card
-from .server import Commit, File, HubError, Repo, Reply, Request, json_reply, now
+from .server import Commit, File, HubError, Reply, Repo, Request, json_reply, now
 
 if TYPE_CHECKING:
     from .server import LoopbackHub

@@ -11,19 +11,11 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from tests.publishing.conftest import (  # noqa: F401
-    make_record,
-    make_refined,
-    pixels,
-    save_run,
-)
-from tests.hub.server import LoopbackHub
-from tests.hub.verbs import Verbs
+from tests.hub.commands.verbs import ALICE, BOB, REPO, refused, succeed
+from tests.hub.conftest import make_hub
+from tests.publishing.conftest import make_record, make_refined, pixels
 from unirefiner_hf.resources import PACKAGE
 from unirefiner_hf.training.trainer import save_adapter
-
-REPO = "alice/tiny-tower-unirefined"
-ALICE, BOB = "hf_PlantedAliceToken", "hf_PlantedBobToken"
 
 LOAD = """
 import sys
@@ -43,37 +35,6 @@ save_file({"tokens": tokens.detach().contiguous()}, sys.argv[2])
 """
 
 
-@pytest.fixture(scope="session")
-def verbs(tmp_path_factory):
-    return Verbs(tmp_path_factory.mktemp("verbs"))
-
-
-@pytest.fixture
-def hub(verbs):
-    hub = LoopbackHub(port=verbs.port).start()
-    hub.add_user("alice", ALICE)
-    hub.add_user("bob", BOB)
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture
-def push(hub, verbs, run):
-    """Push the run as alice, or another."""
-
-    def push(*options, token=ALICE, **how):
-        return verbs("push", *run, *options, token=token, **how)
-
-    return push
-
-
-@pytest.fixture
-def run(save_run):  # noqa: F811
-    """A finished run whose base is a local folder: the words of a push."""
-    _, folder, base = save_run()
-    return [str(folder), REPO, "--model", str(base)]
-
-
 def script(code, environment, *words, cwd=None):
     return subprocess.run(
         [sys.executable, "-c", code, *words],
@@ -83,21 +44,6 @@ def script(code, environment, *words, cwd=None):
         text=True,
         timeout=300,
     )
-
-
-def succeed(done):
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def refused(done):
-    assert done.returncode == 2, (done.stdout, done.stderr[-3000:])
-    (line,) = [
-        text
-        for text in done.stderr.splitlines()
-        if text.startswith("unirefiner: error:")
-    ]
-    return line
 
 
 def change(folder, seed=1):
@@ -202,6 +148,22 @@ def test_the_native_tower_needs_no_package(hub, push, verbs, client_env):
     code = "from transformers import AutoModel\n"
     code += f"print(type(AutoModel.from_pretrained('{REPO}')).__name__)"
     assert "Dinov2Model" in succeed(script(code, client_env(token=None)))
+
+
+def test_the_same_over_xet(client_env, run, tmp_path):
+    pytest.importorskip("hf_xet")
+    with_xet = make_hub(xet=True)
+    try:
+        alice = client_env(token="hf_alice", url=with_xet.url, xet=True)
+        command = "import sys; from unirefiner_hf.cli import main; sys.exit(main())"
+        said = script(command, alice, "push", *run)
+        assert said.returncode == 0, said.stderr[-3000:]
+        file = with_xet.repos[REPO].resolve("main").tree["model.safetensors"]
+        assert file.xet is not None
+        anybody = client_env(token=None, url=with_xet.url, xet=True)
+        load(anybody, REPO, tmp_path)
+    finally:
+        with_xet.stop()
 
 
 # Who may, and whose it is

@@ -1,7 +1,7 @@
 """Command lines in processes of their own that need not import everything anew.
 
 A process with the imports done is forked for each command, so its HF_ENDPOINT is the same
-for the whole session: the Hub of every such test has to listen on `Verbs.port`.
+for the whole session: the Hub of these tests listens on one port.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+REPO = "alice/tiny-tower-unirefined"
+ALICE, BOB = "hf_PlantedAliceToken", "hf_PlantedBobToken"
 PRELOADED = [
     "unirefiner_hf.cli.push",
     "unirefiner_hf.cli.verify",
@@ -22,7 +24,7 @@ PRELOADED = [
     "unirefiner_hf.publishing.push",
     "unirefiner_hf.publishing.verify",
     "unirefiner_hf.training.run",
-    "tests.hub.verbs",
+    "tests.hub.commands.verbs",
 ]
 
 
@@ -81,7 +83,7 @@ class Verbs:
             NO_PROXY="127.0.0.1",
             no_proxy="127.0.0.1",
             OMP_NUM_THREADS="1",
-            PYTHONPATH=str(Path(__file__).parents[2]),
+            PYTHONPATH=str(Path(__file__).parents[3]),
         )
         os.environ.pop("HF_TOKEN", None)
         try:
@@ -145,3 +147,21 @@ def command(
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
+
+
+def succeed(done: Done) -> str:
+    """What a command said that came through."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def refused(done: Done) -> str:
+    """The one line of a command's error."""
+    assert done.returncode == 2, (done.stdout, done.stderr[-3000:])
+    errors = [
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith("unirefiner: error:")
+    ]
+    assert len(errors) == 1, done.stderr[-3000:]
+    return errors[0]

@@ -1,0 +1,1 @@
+"""Command lines of `unirefiner` against the loopback Hub."""
