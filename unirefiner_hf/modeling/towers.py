@@ -191,8 +191,17 @@ def load_tower(
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
         )
+    except OSError as error:
+        if "use_safetensors" not in str(error):
+            raise
+        raise ValueError(
+            f"{name_or_path} holds no safetensors, and pickled weights can run code. If you "
+            "trust them: AutoModel.from_pretrained(...).save_pretrained(folder) writes "
+            "safetensors; name that folder."
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     expected = family.dual_encoder_rest if dual else ()
