@@ -195,11 +195,11 @@ def load_tower(
             output_loading_info=True,
         )
     except OSError as error:
-        if "use_safetensors" not in str(error):
+        if "use_safetensors" not in str(error) and "model.bin" not in str(error):
             raise
         raise ValueError(
-            f"{name_or_path} holds no safetensors, and pickled weights can run code. If you "
-            "trust them: AutoModel.from_pretrained(...).save_pretrained(folder) writes "
+            f"{name_or_path} holds no model.safetensors, and pickled weights, which can run "
+            "code, are not read. If you trust them: AutoModel.from_pretrained(...).save_pretrained(folder) writes "
             "safetensors; name that folder."
         ) from error
     finally:
