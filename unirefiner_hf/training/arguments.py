@@ -54,6 +54,13 @@ class ModelArguments:
             "choices": list(BASE_DTYPES),
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How attention is computed: sdpa, flash_attention_2 (its package has "
+            "to be there), eager, ... Unset: transformers chooses, sdpa for every family."
+        },
+    )
     image_size: int | None = field(
         default=None,
         metadata={

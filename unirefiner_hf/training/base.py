@@ -48,25 +48,60 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         BaseError: the image size is off the patch grid, or unknown.
         ValueError: the tower is not supported.
     """
-    name, license_name = model_args.model, model_args.model_license
-    source = name
-    if name in ("starter", NAME):
-        source, name = str(starter_tower()), NAME
+    source, name = base_source(model_args)
+    license_name = model_args.model_license
+    if model_args.model in ("starter", NAME):
         license_name = license_name or LICENSE
-    path = Path(source).expanduser()
-    if path.is_dir():
-        source, name = str(path), path.resolve().name
-    if model_args.base_dtype == "auto":
-        dtype = torch.bfloat16 if bf16 else torch.float32
-    else:
-        dtype = getattr(torch, model_args.base_dtype)
     trust = model_args.trust_remote_code
     tower = load_tower(
-        source, revision=model_args.revision, dtype=dtype, trust_remote_code=trust
+        source,
+        revision=model_args.revision,
+        dtype=base_dtype(model_args, bf16),
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=trust,
     )
     processor = AutoImageProcessor.from_pretrained(
         source, revision=model_args.revision, trust_remote_code=trust
     )
+    model, image_size = framed(tower, model_args, name)
+    mean, std = _normalisation(processor, name)
+    return Base(
+        model=model,
+        processor=processor,
+        mean=mean,
+        std=std,
+        name=name,
+        license=license_name or _license(source),
+        image_size=image_size,
+    )
+
+
+def base_source(model_args: ModelArguments) -> tuple[str, str]:
+    """Where the tower lies (folder or Hub id), and what it is called in public."""
+    name = model_args.model
+    if name in ("starter", NAME):
+        return str(starter_tower()), NAME
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path), path.resolve().name
+    return name, name
+
+
+def base_dtype(model_args: ModelArguments, bf16: bool) -> torch.dtype:
+    """Type of the frozen weights."""
+    if model_args.base_dtype == "auto":
+        return torch.bfloat16 if bf16 else torch.float32
+    return getattr(torch, model_args.base_dtype)
+
+
+def framed(
+    tower: PreTrainedModel, model_args: ModelArguments, name: str
+) -> tuple[UniRefinerModel, int]:
+    """The register model round a tower, with a fresh adapter, and its image size.
+
+    Raises:
+        BaseError: the image size is off the patch grid.
+    """
     model = UniRefinerModel.from_tower(
         tower,
         register_fill=model_args.register_fill,
@@ -80,16 +115,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         dropout=model_args.lora_dropout,
         name=name,
     )
-    mean, std = _normalisation(processor, name)
-    return Base(
-        model=model,
-        processor=processor,
-        mean=mean,
-        std=std,
-        name=name,
-        license=license_name or _license(source),
-        image_size=image_size,
-    )
+    return model, image_size
 
 
 def _normalisation(processor: Any, name: str) -> tuple[tuple[float, ...], ...]:

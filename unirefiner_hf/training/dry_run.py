@@ -54,13 +54,14 @@ class StepCost:
         flops: part of the step -> dtype of the products -> floating point operations,
             two for a multiply-add. Matrix products, convolutions and attention are
             counted, as in `torch.utils.flop_counter`.
-        images, tokens: part -> images, and tokens with prefix and frame, that went
-            through the tower in it.
+        calls, images, tokens: part -> calls of the tower in it, and the images and the
+            tokens (with prefix and frame) that they carried.
         peak: what holds the memory at the fullest moment -> bytes.
         base, trainable: parameters.
     """
 
     flops: dict[str, dict[torch.dtype, int]]
+    calls: dict[str, int]
     images: dict[str, int]
     tokens: dict[str, int]
     peak: dict[str, int]
@@ -138,6 +139,7 @@ def dry_step(
     trainable = sum(p.numel() for p in trained)
     return StepCost(
         flops={part: dict(count) for part, count in meter.flops.items()},
+        calls=dict(meter.calls),
         images=dict(meter.images),
         tokens=dict(meter.tokens),
         peak=meter.peak,
@@ -179,6 +181,7 @@ class _Meter(TorchDispatchMode):
             kernel = getattr(aten, f"{_FLASH}_for_cpu{ending}")
             self.formulas[kernel] = self.formulas[getattr(aten, f"{_FLASH}{ending}")]
         self.flops: dict[str, Counter] = defaultdict(Counter)
+        self.calls: Counter = Counter()
         self.images: Counter = Counter()
         self.tokens: Counter = Counter()
         self.peak: dict[str, int] = {}
@@ -203,6 +206,7 @@ class _Meter(TorchDispatchMode):
         for tensor in (*objective.buffers(), pixels):
             self._own(tensor, BATCH)
         self.flops.clear()
+        self.calls.clear()
         self.images.clear()
         self.tokens.clear()
         self.peak = dict(self._alive)
@@ -218,6 +222,7 @@ class _Meter(TorchDispatchMode):
         def count(layer: nn.Module, args: Any, output: Any) -> None:
             tokens = output[0] if isinstance(output, tuple) else output
             if self._now in PASSES:
+                self.calls[self._now] += 1
                 self.images[self._now] += tokens.shape[0]
                 self.tokens[self._now] += tokens.shape[0] * tokens.shape[1]
 
