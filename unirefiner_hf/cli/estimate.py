@@ -28,8 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("where it would run")
     where.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="h200, h100, a100, l40s, 4090, "
-        "..., or cpu for this machine (default: h100)"
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="h200, h100, a100, l40s, 4090, "
+        "..., or cpu for this machine (default: h100)",
     )
     where.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="how many (default: 1)"
@@ -135,9 +138,7 @@ def describe(found: Estimate) -> str:
         images = str(cost.images.get(part, ""))
         tokens = f"{cost.tokens[part]:,}" if part in cost.tokens else ""
         share = f"{flops / cost.total_flops:6.1%}"
-        lines.append(
-            f"  {part:24}{images:>8}{tokens:>10}{_tera(flops):>10}{share:>7}"
-        )
+        lines.append(f"  {part:24}{images:>8}{tokens:>10}{_tera(flops):>10}{share:>7}")
     total = cost.total_flops
     each = f"{_tera(total / found.batch)} an image"
     lines += [f"  {'total':24}{'':18}{_tera(total):>10}  ({each})", ""]
