@@ -257,7 +257,8 @@ def record_queries_keys(
         A dict, filled by each forward pass: layer -> (queries, keys), each
         ``(batch, prefix + patches, channels)``, all heads side by side, as projected
         (before a rotary embedding, where the tower has one). The hooks are gone on
-        exit.
+        exit. Layers compiled with `nn.Module.compile` run uncompiled inside: a
+        compiled layer would not call the hooks.
 
     Raises:
         ValueError: a layer the tower does not have.
@@ -273,6 +274,7 @@ def record_queries_keys(
     queries: dict[int, Tensor] = {}
     recorded: QueriesKeys = {}
     handles = []
+    compiled = {layer: blocks[layer]._compiled_call_impl for layer in layers}
 
     def keep_query(layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -288,6 +290,7 @@ def record_queries_keys(
 
     try:
         for layer in layers:
+            blocks[layer]._compiled_call_impl = None
             query = _part(blocks[layer], family.query)
             key = _part(blocks[layer], family.key)
             handles.append(query.register_forward_hook(keep_query(layer)))
@@ -296,6 +299,8 @@ def record_queries_keys(
     finally:
         for handle in handles:
             handle.remove()
+        for layer, call in compiled.items():
+            blocks[layer]._compiled_call_impl = call
 
 
 def _layers(tower: PreTrainedModel, family: TowerFamily) -> nn.ModuleList:

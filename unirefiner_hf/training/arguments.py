@@ -224,6 +224,13 @@ class RefineTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: the images are the only input."}
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the tower's layers with torch.compile. Slow for the first "
+            "two steps, then faster; for GPUs."
+        },
+    )
     snapshot_steps: int = field(
         default=0,
         metadata={"help": "Steps between PCA pictures in snapshots/. 0: none."},
@@ -239,6 +246,11 @@ class RefineTrainingArguments(TrainingArguments):
         if self.fp16:
             raise ValueError(
                 "fp16 is not supported: use bf16, which needs no loss scaling."
+            )
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(
+                "torch_compile would compile the filters too, which depend on values: use "
+                "compile_layers, which compiles the tower's layers."
             )
         require(self, "learning_rate", self.learning_rate > 0, "positive")
         require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")

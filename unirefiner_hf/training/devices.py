@@ -85,9 +85,9 @@ def find_device(name: str) -> Device:
 
 def this_processor() -> Device:
     """This machine's processor: its rate from a matrix product, its memory as built in."""
-    rates = [_product_rate(dtype) for dtype in (torch.bfloat16, torch.float32)]
+    half, full = _product_rate(torch.bfloat16), _product_rate(torch.float32)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", *rates, rates[1], memory, 1e10, CPU_EFFICIENCY)
+    return Device("cpu", half, full, full, memory, 10 * GIGA, CPU_EFFICIENCY)
 
 
 def _product_rate(dtype: torch.dtype, side: int = 1024) -> float:

@@ -226,7 +226,7 @@ class _Meter(TorchDispatchMode):
                 self.images[self._now] += tokens.shape[0]
                 self.tokens[self._now] += tokens.shape[0] * tokens.shape[1]
 
-        model.encode = encode_told
+        model.encode = encode_told  # type: ignore[method-assign]
         first = model.tower.get_submodule(model.family.layers)[0]
         first.register_forward_hook(count)
 

@@ -108,9 +108,8 @@ def estimate(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency is {efficiency}; it must be in (0, 1].")
-    tower = tower_without_weights(model_args).to(
-        base_dtype(model_args, bool(args.bf16))
-    )
+    tower = tower_without_weights(model_args)
+    tower.to(dtype=base_dtype(model_args, bool(args.bf16)))
     model, image_size = framed(tower, model_args, model_args.model)
     batch = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps

@@ -34,6 +34,7 @@ from .arguments import (
 )
 from .base import Base, load_base
 from .callbacks import Snapshots
+from .compiled import compile_layers
 from .data import build_dataset, collate, sample_images
 from .report import compare, figure
 from .trainer import (
@@ -109,6 +110,8 @@ def refine(
     objective = UniRefinerObjective(
         base.model, settings, reference, model_args.register_factor
     ).to(args.device)
+    if args.compile_layers:
+        compile_layers(base.model)
     lazy = _lazy_channels(objective, dataset, settings, checkpoint)
     shown = sample_images(dataset, data_args.report_images)
 
