@@ -6,8 +6,7 @@ Each tower has random weights and runs two real steps (forward, backward, AdamW)
 of its own. Measured are the most bytes PyTorch's allocator held at once (its own events, read
 with torch.profiler: exact, the same at every run) and the resident memory of the process at
 its highest, above the same process after a tiny step (the C library is told to give freed
-blocks back at once, else they count too). The estimate is `dry_step` plus AdamW's two moments; no data is
-in it.
+blocks back at once, else they count too). The estimate is `dry_step` plus AdamW's two moments.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,7 @@ def load_tower(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a vision tower; an image-text checkpoint gives its vision half.
@@ -168,6 +170,7 @@ def load_tower(
         revision: branch, tag or commit on the Hub.
         dtype: dtype of the weights; None keeps that of the checkpoint.
         attn_implementation: ``sdpa``, ``eager``, ...; None leaves it to transformers.
+        quantization_config: of transformers, for weights in fewer bits; None: none.
         trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
@@ -190,6 +193,7 @@ def load_tower(
             revision=revision,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from ..modeling.registers import FILLS
 from ..spurious.settings import require
 
+QUANTIZATIONS = ("nf4", "int8")
 BASE_DTYPES = ("auto", "float32", "bfloat16")
 PUBLISHED_BATCH = 16
 """Images a step at which the published learning rate holds."""
@@ -52,6 +53,15 @@ class ModelArguments:
             "help": "Precision of the frozen tower; the adapter is trained in float32. "
             "'auto': bfloat16 where bf16 is on, else float32.",
             "choices": list(BASE_DTYPES),
+        },
+    )
+    base_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the frozen layers in fewer bits: 'nf4' (about a quarter of "
+            "bfloat16) or 'int8' (half), through bitsandbytes; for small cards. The "
+            "merge is into the unquantised base. Unset: not.",
+            "choices": list(QUANTIZATIONS),
         },
     )
     attn_implementation: str | None = field(
@@ -103,6 +113,13 @@ class ModelArguments:
         dtypes, fills = ", ".join(BASE_DTYPES), ", ".join(FILLS)
         size, width = self.image_size, self.inference_register_width
         require(self, "base_dtype", self.base_dtype in BASE_DTYPES, f"one of {dtypes}")
+        kinds, kind = ", ".join(QUANTIZATIONS), self.base_quantization
+        require(
+            self,
+            "base_quantization",
+            kind is None or kind in QUANTIZATIONS,
+            f"one of {kinds}, or unset",
+        )
         require(
             self, "image_size", size is None or size >= 1, "at least 1 pixel, or unset"
         )

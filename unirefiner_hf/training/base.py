@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import load_tower
+from ..modeling.towers import DUAL_ENCODERS, family_of, load_tower
 from ..starter import LICENSE, NAME, starter_tower
 from .arguments import ModelArguments
 from .lora import add_adapter
+from .quantized import quantization
 
 
 class BaseError(ValueError):
@@ -46,6 +47,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
 
     Raises:
         BaseError: the image size is off the patch grid, or unknown.
+        QuantizationError: the base should be quantised, and bitsandbytes is missing.
         ValueError: the tower is not supported.
     """
     source, name = base_source(model_args)
@@ -53,10 +55,17 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
     if model_args.model in ("starter", NAME):
         license_name = license_name or LICENSE
     trust = model_args.trust_remote_code
+    dtype = base_dtype(model_args, bf16)
+    quantised = None
+    if model_args.base_quantization is not None:
+        quantised = quantization(
+            model_args.base_quantization, tower_without_weights(model_args), dtype
+        )
     tower = load_tower(
         source,
         revision=model_args.revision,
-        dtype=base_dtype(model_args, bf16),
+        dtype=dtype,
+        quantization_config=quantised,
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=trust,
     )
@@ -92,6 +101,34 @@ def base_dtype(model_args: ModelArguments, bf16: bool) -> torch.dtype:
     if model_args.base_dtype == "auto":
         return torch.bfloat16 if bf16 else torch.float32
     return getattr(torch, model_args.base_dtype)
+
+
+def tower_without_weights(model_args: ModelArguments) -> PreTrainedModel:
+    """The vision tower on the meta device, from its config.
+
+    Raises:
+        ValueError: an unsupported family.
+    """
+    source, _ = base_source(model_args)
+    config = AutoConfig.from_pretrained(
+        source,
+        revision=model_args.revision,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    family_of(config)
+    dual = config.model_type in DUAL_ENCODERS
+    with torch.device("meta"):
+        return AutoModel.from_config(
+            config.vision_config if dual else config,
+            attn_implementation=_attention(model_args),
+            trust_remote_code=model_args.trust_remote_code,
+        )
+
+
+def _attention(model_args: ModelArguments) -> str | None:
+    """Flash attention of any package is counted as that of PyTorch."""
+    asked = model_args.attn_implementation
+    return "sdpa" if asked is not None and "flash" in asked else asked
 
 
 def framed(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from ..modeling.towers import DUAL_ENCODERS, family_of
 from ..refinement.settings import UniRefinerSettings
 from . import dry_run
 from .arguments import ModelArguments, RefineTrainingArguments
-from .base import base_dtype, base_source, framed
+from .base import base_dtype, base_source, framed, tower_without_weights
 from .devices import Device
 from .dry_run import StepCost, dry_step
+from .quantized import BYTES, layer_linears
 
 STRATEGIES = ("ddp", "zero2", "zero3")
 OPTIMIZER = "optimiser"
@@ -103,13 +104,17 @@ def estimate(
         raise ValueError(f"strategy is {strategy!r}; use {', '.join(STRATEGIES)}.")
     if efficiency is None:
         efficiency = device.efficiency
+    if model_args.base_quantization is not None and strategy == "zero3" and devices > 1:
+        raise ValueError("base_quantization does not go with zero3: use ddp or zero2.")
     for name, value in (("gpus", devices), ("images", images)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency is {efficiency}; it must be in (0, 1].")
-    tower = tower_without_weights(model_args)
-    tower.to(dtype=base_dtype(model_args, bool(args.bf16)))
+    tower: Any = tower_without_weights(model_args)
+    dtype = base_dtype(model_args, bool(args.bf16))
+    tower.to(dtype=dtype)
+    weights = sum(linear.weight.numel() for linear in layer_linears(tower).values())
     model, image_size = framed(tower, model_args, model_args.model)
     batch = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
@@ -139,6 +144,10 @@ def estimate(
     steps = _steps(args, images, devices)
     early = min(steps, math.ceil(settings.scd_start * steps))
     seconds = early * without + (steps - early) * with_scd
+    memory = _memory(cost, shared, devices)
+    if model_args.base_quantization is not None:
+        saved = dtype.itemsize - BYTES[model_args.base_quantization]
+        memory[dry_run.BASE] -= int(saved * weights)
     return Estimate(
         name=base_source(model_args)[1],
         config=tower.config,
@@ -151,7 +160,7 @@ def estimate(
         efficiency=efficiency,
         images=images,
         cost=cost,
-        memory=_memory(cost, shared, devices),
+        memory=memory,
         seconds=with_scd,
         exchanged=exchanged,
         exchange_seconds=exchange,
@@ -159,34 +168,6 @@ def estimate(
         steps_without_scd=early,
         run_seconds=seconds * accumulation,
     )
-
-
-def tower_without_weights(model_args: ModelArguments) -> PreTrainedModel:
-    """The vision tower on the meta device, from its config.
-
-    Raises:
-        ValueError: an unsupported family.
-    """
-    source, _ = base_source(model_args)
-    config = AutoConfig.from_pretrained(
-        source,
-        revision=model_args.revision,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    family_of(config)
-    dual = config.model_type in DUAL_ENCODERS
-    with torch.device("meta"):
-        return AutoModel.from_config(
-            config.vision_config if dual else config,
-            attn_implementation=_attention(model_args),
-            trust_remote_code=model_args.trust_remote_code,
-        )
-
-
-def _attention(model_args: ModelArguments) -> str | None:
-    """Flash attention of any package is counted as that of PyTorch."""
-    asked = model_args.attn_implementation
-    return "sdpa" if asked is not None and "flash" in asked else asked
 
 
 def _checkpointing(args: RefineTrainingArguments) -> bool:

@@ -36,6 +36,7 @@ from .base import Base, load_base
 from .callbacks import Snapshots
 from .compiled import compile_layers
 from .data import build_dataset, collate, sample_images
+from .quantized import check_device
 from .report import compare, figure
 from .trainer import (
     RefinementTrainer,
@@ -81,6 +82,7 @@ def refine(
     """
     run = Path(str(args.output_dir))
     checkpoint = _checkpoint_to_resume(run, args.resume)
+    check_device(model_args.base_quantization, args.device)
     set_seed(args.seed)
     base = load_base(model_args, bf16=bool(args.bf16))
     mean, std = base.mean, base.std
@@ -207,9 +209,12 @@ def _finish(
     }
     write_json(run / "metrics.json", metrics)
     write_json(run / RECORD, {**record, "finished": True})
-    if next(model.parameters()).dtype != torch.float32:
+    quantized = model_args.base_quantization is not None
+    if quantized or next(model.parameters()).dtype != torch.float32:
         # The merge is in float32, from the base's own weights.
-        whole = dataclasses.replace(model_args, base_dtype="float32")
+        whole = dataclasses.replace(
+            model_args, base_dtype="float32", base_quantization=None
+        )
         width = model.config.register_width
         model = load_base(whole).model
         model.config.register_width = width
@@ -326,6 +331,7 @@ def _record(
             "weight_decay": args.weight_decay,
             "schedule": SchedulerType(args.lr_scheduler_type).value,
             "precision": "bfloat16" if args.bf16 else "float32",
+            "base_quantization": model_args.base_quantization,
             "processes": args.world_size,
             "hardware": _hardware(args.device),
         },
