@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import make_tiny_tower
 from unirefiner_hf.cli import main
-from unirefiner_hf.training.devices import GPUS, find_device
+from unirefiner_hf.training.devices import GPUS, Device, find_device
 
 RECIPE = ["estimate", "--config", "dinov2/small", "--image_size", "32"]
 
@@ -75,12 +75,26 @@ def test_recomputation_keeps_less(estimated):
 
 
 def test_what_does_not_fit_is_said_with_a_remedy(estimated, monkeypatch):
-    small = GPUS["l4"].__class__("l4", 1e12, 1e12, 1e12, 1e6, 1e9)
+    small = Device("l4", 1e12, 1e12, 1e12, 1e12, 1e6, 1e9)
     monkeypatch.setitem(GPUS, "l4", small)
     _, out = estimated("--gpu", "l4")
     assert "does not fit: --gradient_checkpointing true" in out
     _, out = estimated("--gpu", "l4", "--gradient_checkpointing", "true")
     assert "does not fit: --no_grad_batch 1" in out
+
+
+def test_float8_speeds_up_what_has_no_gradient(estimated):
+    plain, _ = estimated("--gpu", "h200")
+    faster, out = estimated("--gpu", "h200", "--teacher_float8", "true")
+    assert 0.6 < faster["seconds_a_step"] / plain["seconds_a_step"] < 1
+    assert faster["flops"] == plain["flops"]
+    assert faster["memory"]["float8 copy of the frozen layers"] > 0
+
+
+def test_a_quantised_base_is_smaller(estimated):
+    sizes = [estimated("--base_quantization", kind)[0] for kind in ("nf4", "int8")]
+    sizes = [size["memory"]["frozen base"] for size in (*sizes, estimated()[0])]
+    assert sizes == sorted(sizes) and sizes[0] < 0.6 * sizes[2]
 
 
 def test_this_machine_counts_in_float32_and_its_own_rate(estimated):
@@ -95,6 +109,11 @@ def test_this_machine_counts_in_float32_and_its_own_rate(estimated):
         (["--gpu", "h1000"], "gpu is 'h1000'; known are b200, h200"),
         (["--gpus", "0"], "gpus is 0"),
         (["--strategy", "fsdp"], "strategy is 'fsdp'; use ddp, zero2, zero3"),
+        (["--teacher_float8", "--gpu", "a100"], "a100 has no float8 products"),
+        (
+            ["--teacher_float8", "--base_quantization", "nf4"],
+            "must be false where base_quantization is set",
+        ),
         (["--efficiency", "40"], "efficiency is 40.0"),
         (["--image_size", "33"], "does not divide into patches of 4"),
         (["--lora_rnk", "4"], "did you mean --lora_rank"),
@@ -109,5 +128,6 @@ def test_bad_values_are_one_line(words, message, config_folder, capsys):
 @pytest.mark.parametrize("name", GPUS)
 def test_rates_of_the_table_are_ordered(name):
     device = GPUS[name]
+    assert device.float8 == 0 or device.float8 >= 1.9 * device.bfloat16
     assert device.bfloat16 >= device.tf32 >= device.float32
     assert 20e9 < device.memory < 200e9

@@ -5,6 +5,7 @@ The method's own hyper-parameters are in `unirefiner_hf.refinement.settings`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -64,6 +65,14 @@ class ModelArguments:
             "choices": list(QUANTIZATIONS),
         },
     )
+    teacher_float8: bool = field(
+        default=False,
+        metadata={
+            "help": "Frozen weights multiply in float8 in the passes without gradient "
+            "(teacher, relation): faster on GPUs from compute capability 8.9 on, one byte "
+            "a weight more. The student stays as it is."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={
@@ -114,6 +123,12 @@ class ModelArguments:
         size, width = self.image_size, self.inference_register_width
         require(self, "base_dtype", self.base_dtype in BASE_DTYPES, f"one of {dtypes}")
         kinds, kind = ", ".join(QUANTIZATIONS), self.base_quantization
+        require(
+            self,
+            "teacher_float8",
+            not (self.teacher_float8 and kind),
+            "false where base_quantization is set",
+        )
         require(
             self,
             "base_quantization",
@@ -238,6 +253,13 @@ class RefineTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Compute in bfloat16. Unset: on GPUs that can, off on CPUs."},
     )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Processes a device that read images beside the step. Unset: up to 4 "
+            "with a GPU (one decodes some 90 photographs a second), 0 on CPUs."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: the images are the only input."}
     )
@@ -278,6 +300,9 @@ class RefineTrainingArguments(TrainingArguments):
                 and torch.cuda.is_available()
                 and torch.cuda.is_bf16_supported()
             )
+        if self.dataloader_num_workers is None:
+            gpu = not self.use_cpu and torch.cuda.is_available()
+            self.dataloader_num_workers = min(4, os.cpu_count() or 1) if gpu else 0
         super().__post_init__()
 
 

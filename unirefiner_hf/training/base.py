@@ -15,6 +15,7 @@ from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import DUAL_ENCODERS, family_of, load_tower
 from ..starter import LICENSE, NAME, starter_tower
 from .arguments import ModelArguments
+from .float8 import use_float8
 from .lora import add_adapter
 from .quantized import quantization
 
@@ -145,6 +146,8 @@ def framed(
         final_norm=_final_norm(model_args, tower),
     )
     image_size = _image_size(model_args.image_size, tower, model.patch_size)
+    if model_args.teacher_float8:
+        use_float8(tower)
     model.tower = add_adapter(
         tower,
         rank=model_args.lora_rank,

@@ -17,14 +17,16 @@ class Device:
     """One GPU, or the processor of this machine.
 
     Attributes:
-        bfloat16, tf32, float32: floating point operations a second of dense matrix
-            products with float32 accumulation; tf32: float32 products on tensor cores.
+        float8, bfloat16, tf32, float32: floating point operations a second of dense matrix
+            products with float32 accumulation; tf32: float32 products on tensor cores;
+            float8: 0 where there are none.
         memory: bytes.
         link: bytes a second to another device of the machine, one way.
         efficiency: share of these rates a training step reaches, unless told.
     """
 
     name: str
+    float8: float
     bfloat16: float
     tf32: float
     float32: float
@@ -40,32 +42,38 @@ class Device:
 
 
 def _gpu(
-    name: str, bfloat16: float, tf32: float, float32: float, memory: float, link: float
+    name: str,
+    float8: float,
+    bfloat16: float,
+    tf32: float,
+    float32: float,
+    memory: float,
+    link: float,
 ) -> Device:
-    rates = bfloat16 * TERA, tf32 * TERA, float32 * TERA
+    rates = float8 * TERA, bfloat16 * TERA, tf32 * TERA, float32 * TERA
     return Device(name, *rates, memory * GIGA, link * GIGA)
 
 
-# Dense TFLOP/s in bfloat16, TF32 and float32, memory in GB, link in GB/s one way. Sources:
+# Dense TFLOP/s in float8, bfloat16, TF32 and float32, memory in GB, link in GB/s one way. Sources:
 # NVIDIA's data sheets of each product (where a sheet gives rates "with sparsity", half of
 # them; NVLink and PCIe halved where both directions are added up). RTX: NVIDIA's "Ada GPU
 # architecture", "GA102" and "RTX Blackwell" white papers, rates with float32 accumulation.
 GPUS = {
     device.name: device
     for device in (
-        _gpu("b200", 2250, 1125, 75, 180, 900),
-        _gpu("h200", 989, 494, 67, 141, 450),
-        _gpu("h100", 989, 494, 67, 80, 450),
-        _gpu("h100-pcie", 756, 378, 51, 80, 64),
-        _gpu("a100", 312, 156, 19.5, 80, 300),
-        _gpu("a100-40gb", 312, 156, 19.5, 40, 300),
-        _gpu("l40s", 362, 183, 91.6, 48, 32),
-        _gpu("a6000", 155, 77, 38.7, 48, 32),
-        _gpu("a10", 125, 62.5, 31.2, 24, 32),
-        _gpu("l4", 121, 60, 30.3, 24, 32),
-        _gpu("5090", 209, 105, 105, 32, 64),
-        _gpu("4090", 165, 82.6, 82.6, 24, 32),
-        _gpu("3090", 71, 35.6, 35.6, 24, 32),
+        _gpu("b200", 4500, 2250, 1125, 75, 180, 900),
+        _gpu("h200", 1979, 989, 494, 67, 141, 450),
+        _gpu("h100", 1979, 989, 494, 67, 80, 450),
+        _gpu("h100-pcie", 1513, 756, 378, 51, 80, 64),
+        _gpu("a100", 0, 312, 156, 19.5, 80, 300),
+        _gpu("a100-40gb", 0, 312, 156, 19.5, 40, 300),
+        _gpu("l40s", 733, 362, 183, 91.6, 48, 32),
+        _gpu("a6000", 0, 155, 77, 38.7, 48, 32),
+        _gpu("a10", 0, 125, 62.5, 31.2, 24, 32),
+        _gpu("l4", 242, 121, 60, 30.3, 24, 32),
+        _gpu("5090", 419, 209, 105, 105, 32, 64),
+        _gpu("4090", 330, 165, 82.6, 82.6, 24, 32),
+        _gpu("3090", 0, 71, 35.6, 35.6, 24, 32),
     )
 }
 
@@ -87,7 +95,7 @@ def this_processor() -> Device:
     """This machine's processor: its rate from a matrix product, its memory as built in."""
     half, full = _product_rate(torch.bfloat16), _product_rate(torch.float32)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", half, full, full, memory, 10 * GIGA, CPU_EFFICIENCY)
+    return Device("cpu", 0, half, full, full, memory, 10 * GIGA, CPU_EFFICIENCY)
 
 
 def _product_rate(dtype: torch.dtype, side: int = 1024) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ STRATEGIES = ("ddp", "zero2", "zero3")
 OPTIMIZER = "optimiser"
 GATHERED = "gathered layers"
 BUCKETS = "gradient buckets"
+FLOAT8_COPY = "float8 copy of the frozen layers"
 LIVE_PARAMETERS = 1e9
 """Parameters ZeRO-3 keeps gathered at once (``stage3_max_live_parameters``)."""
 GROWTH = 4
@@ -106,6 +107,8 @@ def estimate(
         efficiency = device.efficiency
     if model_args.base_quantization is not None and strategy == "zero3" and devices > 1:
         raise ValueError("base_quantization does not go with zero3: use ddp or zero2.")
+    if model_args.teacher_float8 and not device.float8:
+        raise ValueError(f"teacher_float8: {device.name} has no float8 products.")
     for name, value in (("gpus", devices), ("images", images)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -115,7 +118,8 @@ def estimate(
     dtype = base_dtype(model_args, bool(args.bf16))
     tower.to(dtype=dtype)
     weights = sum(linear.weight.numel() for linear in layer_linears(tower).values())
-    model, image_size = framed(tower, model_args, model_args.model)
+    plain = replace(model_args, teacher_float8=False)
+    model, image_size = framed(tower, plain, model_args.model)
     batch = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     cost = dry_step(
@@ -137,6 +141,10 @@ def estimate(
         )
         for part, by_dtype in cost.flops.items()
     }
+    if model_args.teacher_float8:
+        gain = 1 / device.rate(dtype) - 1 / device.float8
+        for part in (dry_run.COMPOSITES, dry_run.FULL_IMAGE, dry_run.RELATION):
+            compute[part] -= 2 * weights * cost.tokens.get(part, 0) * gain / efficiency
     exchanged = _exchanged(cost, shared, devices, _checkpointing(args))
     exchange = exchanged / device.link
     with_scd = max(sum(compute.values()), exchange)
@@ -148,6 +156,8 @@ def estimate(
     if model_args.base_quantization is not None:
         saved = dtype.itemsize - BYTES[model_args.base_quantization]
         memory[dry_run.BASE] -= int(saved * weights)
+    if model_args.teacher_float8:
+        memory[FLOAT8_COPY] = weights
     return Estimate(
         name=base_source(model_args)[1],
         config=tower.config,

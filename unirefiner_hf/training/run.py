@@ -36,6 +36,7 @@ from .base import Base, load_base
 from .callbacks import Snapshots
 from .compiled import compile_layers
 from .data import build_dataset, collate, sample_images
+from .float8 import check_float8, leave_float8
 from .quantized import check_device
 from .report import compare, figure
 from .trainer import (
@@ -83,6 +84,8 @@ def refine(
     run = Path(str(args.output_dir))
     checkpoint = _checkpoint_to_resume(run, args.resume)
     check_device(model_args.base_quantization, args.device)
+    if model_args.teacher_float8:
+        check_float8(args.device)
     set_seed(args.seed)
     base = load_base(model_args, bf16=bool(args.bf16))
     mean, std = base.mean, base.std
@@ -183,6 +186,7 @@ def _finish(
 ) -> None:
     """Adapter, comparison, picture, record and the merged checkpoint."""
     model = trainer.refiner.model.eval()
+    leave_float8(model)
     width = trainer.refiner.register_width(base.image_size, base.image_size)
     if model_args.inference_register_width is not None:
         width = model_args.inference_register_width
@@ -332,6 +336,7 @@ def _record(
             "schedule": SchedulerType(args.lr_scheduler_type).value,
             "precision": "bfloat16" if args.bf16 else "float32",
             "base_quantization": model_args.base_quantization,
+            "teacher_float8": model_args.teacher_float8,
             "processes": args.world_size,
             "hardware": _hardware(args.device),
         },
