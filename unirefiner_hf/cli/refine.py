@@ -12,7 +12,12 @@ from ..training.arguments import (
     ModelArguments,
     RefineTrainingArguments,
 )
-from ..training.recipe import build_arguments, expected_values, load_recipe
+from ..training.recipe import (
+    Values,
+    build_arguments,
+    expected_values,
+    load_recipe,
+)
 
 GROUPS = {
     "model": ModelArguments,
@@ -64,13 +69,24 @@ def run(arguments: argparse.Namespace) -> None:
         FileNotFoundError: no such recipe.
         ValueError: an unknown key, or a value that does not fit.
     """
-    options = vars(arguments)
-    path = None if arguments.config is None else find_recipe(arguments.config)
-    fields = expected_values(DATACLASSES)
-    overrides = {name: options[name] for name in options if name in fields}
-    values = load_recipe(path, overrides, DATACLASSES)
-    model, data, method, training = build_arguments(values, DATACLASSES)
+    model, data, method, training = build_arguments(
+        recipe_values(arguments), DATACLASSES
+    )
 
     from ..training.run import refine
 
     refine(model, data, method, training)
+
+
+def recipe_values(arguments: argparse.Namespace) -> dict[str, Values]:
+    """The recipe's words with the options over them.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: an unknown key.
+    """
+    options = vars(arguments)
+    path = None if arguments.config is None else find_recipe(arguments.config)
+    fields = expected_values(DATACLASSES)
+    overrides = {name: options[name] for name in options if name in fields}
+    return load_recipe(path, overrides, DATACLASSES)

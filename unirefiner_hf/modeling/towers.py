@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,7 @@ def load_tower(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a vision tower; an image-text checkpoint gives its vision half.
@@ -168,6 +170,7 @@ def load_tower(
         revision: branch, tag or commit on the Hub.
         dtype: dtype of the weights; None keeps that of the checkpoint.
         attn_implementation: ``sdpa``, ``eager``, ...; None leaves it to transformers.
+        quantization_config: of transformers, for weights in fewer bits; None: none.
         trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
@@ -190,6 +193,7 @@ def load_tower(
             revision=revision,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -198,8 +202,9 @@ def load_tower(
         if "use_safetensors" not in str(error) and "model.bin" not in str(error):
             raise
         raise ValueError(
-            f"{name_or_path} holds no model.safetensors, and pickled weights, which can run "
-            "code, are not read. If you trust them: AutoModel.from_pretrained(...).save_pretrained(folder) writes "
+            f"{name_or_path} holds no model.safetensors, and pickled weights, which can "
+            "run code, are not read. If you trust them, "
+            "AutoModel.from_pretrained(...).save_pretrained(folder) writes "
             "safetensors; name that folder."
         ) from error
     finally:
@@ -266,7 +271,8 @@ def record_queries_keys(
         A dict, filled by each forward pass: layer -> (queries, keys), each
         ``(batch, prefix + patches, channels)``, all heads side by side, as projected
         (before a rotary embedding, where the tower has one). The hooks are gone on
-        exit.
+        exit. Layers compiled with `nn.Module.compile` run uncompiled inside: a
+        compiled layer would not call the hooks.
 
     Raises:
         ValueError: a layer the tower does not have.
@@ -282,6 +288,7 @@ def record_queries_keys(
     queries: dict[int, Tensor] = {}
     recorded: QueriesKeys = {}
     handles = []
+    compiled = {layer: blocks[layer]._compiled_call_impl for layer in layers}
 
     def keep_query(layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -297,6 +304,7 @@ def record_queries_keys(
 
     try:
         for layer in layers:
+            blocks[layer]._compiled_call_impl = None
             query = _part(blocks[layer], family.query)
             key = _part(blocks[layer], family.key)
             handles.append(query.register_forward_hook(keep_query(layer)))
@@ -305,6 +313,8 @@ def record_queries_keys(
     finally:
         for handle in handles:
             handle.remove()
+        for layer, call in compiled.items():
+            blocks[layer]._compiled_call_impl = call
 
 
 def _layers(tower: PreTrainedModel, family: TowerFamily) -> nn.ModuleList:

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import load_tower
+from ..modeling.towers import DUAL_ENCODERS, family_of, load_tower
 from ..starter import LICENSE, NAME, starter_tower
 from .arguments import ModelArguments
+from .float8 import use_float8
 from .lora import add_adapter
+from .quantized import quantization
 
 
 class BaseError(ValueError):
@@ -46,40 +48,32 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
 
     Raises:
         BaseError: the image size is off the patch grid, or unknown.
+        QuantizationError: the base should be quantised, and bitsandbytes is missing.
         ValueError: the tower is not supported.
     """
-    name, license_name = model_args.model, model_args.model_license
-    source = name
-    if name in ("starter", NAME):
-        source, name = str(starter_tower()), NAME
+    source, name = base_source(model_args)
+    license_name = model_args.model_license
+    if model_args.model in ("starter", NAME):
         license_name = license_name or LICENSE
-    path = Path(source).expanduser()
-    if path.is_dir():
-        source, name = str(path), path.resolve().name
-    if model_args.base_dtype == "auto":
-        dtype = torch.bfloat16 if bf16 else torch.float32
-    else:
-        dtype = getattr(torch, model_args.base_dtype)
     trust = model_args.trust_remote_code
+    dtype = base_dtype(model_args, bf16)
+    quantised = None
+    if model_args.base_quantization is not None:
+        quantised = quantization(
+            model_args.base_quantization, tower_without_weights(model_args), dtype
+        )
     tower = load_tower(
-        source, revision=model_args.revision, dtype=dtype, trust_remote_code=trust
+        source,
+        revision=model_args.revision,
+        dtype=dtype,
+        quantization_config=quantised,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=trust,
     )
     processor = AutoImageProcessor.from_pretrained(
         source, revision=model_args.revision, trust_remote_code=trust
     )
-    model = UniRefinerModel.from_tower(
-        tower,
-        register_fill=model_args.register_fill,
-        final_norm=_final_norm(model_args, tower),
-    )
-    image_size = _image_size(model_args.image_size, tower, model.patch_size)
-    model.tower = add_adapter(
-        tower,
-        rank=model_args.lora_rank,
-        alpha=model_args.lora_alpha,
-        dropout=model_args.lora_dropout,
-        name=name,
-    )
+    model, image_size = framed(tower, model_args, name)
     mean, std = _normalisation(processor, name)
     return Base(
         model=model,
@@ -90,6 +84,78 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         license=license_name or _license(source),
         image_size=image_size,
     )
+
+
+def base_source(model_args: ModelArguments) -> tuple[str, str]:
+    """Where the tower lies (folder or Hub id), and what it is called in public."""
+    name = model_args.model
+    if name in ("starter", NAME):
+        return str(starter_tower()), NAME
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path), path.resolve().name
+    return name, name
+
+
+def base_dtype(model_args: ModelArguments, bf16: bool) -> torch.dtype:
+    """Type of the frozen weights."""
+    if model_args.base_dtype == "auto":
+        return torch.bfloat16 if bf16 else torch.float32
+    return getattr(torch, model_args.base_dtype)
+
+
+def tower_without_weights(model_args: ModelArguments) -> PreTrainedModel:
+    """The vision tower on the meta device, from its config.
+
+    Raises:
+        ValueError: an unsupported family.
+    """
+    source, _ = base_source(model_args)
+    config = AutoConfig.from_pretrained(
+        source,
+        revision=model_args.revision,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    family_of(config)
+    dual = config.model_type in DUAL_ENCODERS
+    with torch.device("meta"):
+        return AutoModel.from_config(
+            config.vision_config if dual else config,
+            attn_implementation=_attention(model_args),
+            trust_remote_code=model_args.trust_remote_code,
+        )
+
+
+def _attention(model_args: ModelArguments) -> str | None:
+    """Flash attention of any package is counted as that of PyTorch."""
+    asked = model_args.attn_implementation
+    return "sdpa" if asked is not None and "flash" in asked else asked
+
+
+def framed(
+    tower: PreTrainedModel, model_args: ModelArguments, name: str
+) -> tuple[UniRefinerModel, int]:
+    """The register model round a tower, with a fresh adapter, and its image size.
+
+    Raises:
+        BaseError: the image size is off the patch grid.
+    """
+    model = UniRefinerModel.from_tower(
+        tower,
+        register_fill=model_args.register_fill,
+        final_norm=_final_norm(model_args, tower),
+    )
+    image_size = _image_size(model_args.image_size, tower, model.patch_size)
+    if model_args.teacher_float8:
+        use_float8(tower)
+    model.tower = add_adapter(
+        tower,
+        rank=model_args.lora_rank,
+        alpha=model_args.lora_alpha,
+        dropout=model_args.lora_dropout,
+        name=name,
+    )
+    return model, image_size
 
 
 def _normalisation(processor: Any, name: str) -> tuple[tuple[float, ...], ...]:

@@ -35,8 +35,11 @@ from .arguments import (
 )
 from .base import Base, load_base
 from .callbacks import Snapshots
+from .compiled import compile_layers
 from .data import build_dataset, collate, sample_images
 from .hub_sync import HubSync, fetch_last_checkpoint
+from .float8 import check_float8, leave_float8
+from .quantized import check_device
 from .report import compare, figure
 from .trainer import (
     RefinementTrainer,
@@ -83,6 +86,9 @@ def refine(
     """
     run = Path(str(args.output_dir))
     checkpoint = _checkpoint_to_resume(run, args)
+    check_device(model_args.base_quantization, args.device)
+    if model_args.teacher_float8:
+        check_float8(args.device)
     set_seed(args.seed)
     base = load_base(model_args, bf16=bool(args.bf16))
     if args.push_to_hub and base.license is None:
@@ -117,6 +123,8 @@ def refine(
     objective = UniRefinerObjective(
         base.model, settings, reference, model_args.register_factor
     ).to(args.device)
+    if args.compile_layers:
+        compile_layers(base.model)
     lazy = _lazy_channels(objective, dataset, settings, checkpoint)
     shown = sample_images(dataset, data_args.report_images)
 
@@ -190,6 +198,7 @@ def _finish(
 ) -> None:
     """Adapter, comparison, picture, record and the merged checkpoint."""
     model = trainer.refiner.model.eval()
+    leave_float8(model)
     width = trainer.refiner.register_width(base.image_size, base.image_size)
     if model_args.inference_register_width is not None:
         width = model_args.inference_register_width
@@ -216,9 +225,12 @@ def _finish(
     }
     write_json(run / "metrics.json", metrics)
     write_json(run / RECORD, {**record, "finished": True})
-    if next(model.parameters()).dtype != torch.float32:
+    quantized = model_args.base_quantization is not None
+    if quantized or next(model.parameters()).dtype != torch.float32:
         # The merge is in float32, from the base's own weights.
-        whole = dataclasses.replace(model_args, base_dtype="float32")
+        whole = dataclasses.replace(
+            model_args, base_dtype="float32", base_quantization=None
+        )
         width = model.config.register_width
         model = load_base(whole).model
         model.config.register_width = width
@@ -354,6 +366,8 @@ def _record(
             "weight_decay": args.weight_decay,
             "schedule": SchedulerType(args.lr_scheduler_type).value,
             "precision": "bfloat16" if args.bf16 else "float32",
+            "base_quantization": model_args.base_quantization,
+            "teacher_float8": model_args.teacher_float8,
             "processes": args.world_size,
             "hardware": _hardware(args.device),
         },
