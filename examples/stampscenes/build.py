@@ -112,7 +112,9 @@ def find_stamps(packages: Path) -> dict[str, list[Path]]:
         )
     found = {}
     for name, folders in FOLDERS.items():
-        paths = [p for folder in folders for p in sorted((root / folder).rglob("*.png"))]
+        paths = [
+            p for folder in folders for p in sorted((root / folder).rglob("*.png"))
+        ]
         found[name] = [
             path
             for path in paths
