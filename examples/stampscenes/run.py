@@ -36,7 +36,7 @@ def run(
         output: gets ``scenes/``, ``refined/``, ``plain/`` and ``evaluation/``.
         model: the base; see `unirefiner refine --help`.
         steps: of both trainings; None takes the recipe's.
-        train, val, size, seed: see `build`; `seed` is that of the trainings, too.
+        train, val, size, seed: see `build`.
 
     Returns:
         The folder with ``table.md``, ``report.html`` and ``evaluation.json``.
@@ -54,14 +54,14 @@ def run(
             continue
         words = ["refine", "--config", str(RECIPE), "--method", method]
         words += ["--model", model, "--data", str(scenes / "train" / "images")]
-        words += ["--output_dir", str(folder), "--seed", str(seed)]
-        words += ["--image_size", str(size), "--resume"]
+        words += ["--output_dir", str(folder), "--image_size", str(size), "--resume"]
         if steps is not None:
             words += ["--max_steps", str(steps)]
         _call(words)
     words = ["evaluate", model, str(output / "plain"), str(output / "refined")]
     words += ["--data", str(scenes), "--dataset_name", "StampScenes", "--fast"]
-    words += ["--crop", str(size), "--evaluation_output", str(output / "evaluation")]
+    words += ["--crop", str(size), "--flip", "0", "--fast_iterations", "500"]
+    words += ["--evaluation_output", str(output / "evaluation")]
     _call(words)
     return output / "evaluation"
 
