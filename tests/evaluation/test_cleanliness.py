@@ -95,8 +95,10 @@ def test_every_measure_of_a_tower(tiny, scenes):
     assert found.spurious.float().mean().item() == pytest.approx(
         found.values["spurious"]
     )
-    again = measure_cleanliness(tiny, images, 24, base=tiny)
+    again = measure_cleanliness(tiny, images, 24, base=found)
     assert again.values == pytest.approx(found.values)
+    with pytest.raises(ValueError, match="measured on 8 images, these are 7"):
+        measure_cleanliness(tiny, images[:7], 24, base=found)
     with pytest.raises(ValueError, match="1 image is too few"):
         measure_cleanliness(tiny, images[:1], 24)
 

@@ -106,12 +106,11 @@ def run(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
     )
     checkpoints = load_compared(arguments.checkpoints, options)
-    base = None if arguments.own_yardstick else checkpoints[0]
     rows: list[Cleanliness] = []
     for checkpoint in checkpoints:
-        own = base is None or checkpoint is base
+        own = arguments.own_yardstick or not rows
         row = measure_cleanliness(
-            checkpoint, pictures, arguments.size, base=None if own else base
+            checkpoint, pictures, arguments.size, base=None if own else rows[0]
         )
         if arguments.labels is not None:
             classes = class_labels("", num_classes=arguments.num_classes)
