@@ -20,6 +20,7 @@ from transformers import AutoModel
 
 from tests.conftest import make_tiny_tower
 from unirefiner_hf.images import ImageError
+from unirefiner_hf.publishing.run_folder import merge_run
 from unirefiner_hf.training import trainer as trainer_module
 from unirefiner_hf.training.base import BaseError
 from unirefiner_hf.training.run import Interrupted, RunError, refine
@@ -43,6 +44,19 @@ def losses(run):
 
 def adapter(run):
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+def test_plain_distillation_leaves_a_model_without_a_frame(arguments, tower_folder):
+    run = refine(*arguments(method={"method": "plain"}, max_steps=2))
+    record = json.loads((run / "run.json").read_text())
+    assert record["method"]["name"] == "plain"
+    assert record["model"]["register_width"] == 0
+    assert AutoModel.from_pretrained(run / "merged").config.register_width == 0
+    assert "loss_uni" not in record["losses"]
+    for folder in (run, run / "checkpoint-2"):
+        output = run / f"again-{folder.name}"
+        merged = merge_run(folder, output, model=str(tower_folder))
+        assert AutoModel.from_pretrained(merged).config.register_width == 0
 
 
 def test_a_run_leaves_what_it_promises(arguments, tower_folder):

@@ -16,6 +16,8 @@ from .. import __version__
 VERBS = {
     "refine": "Refine a vision tower on unlabelled images.",
     "estimate": "Tell memory, operations and time of a refinement, without weights.",
+    "evaluate": "Compare refined towers with their base and controls on a task.",
+    "diagnose": "Measure how clean a tower's tokens are, without labels.",
     "merge": "Merge a run's adapter into a checkpoint ready to load or publish.",
     "push": "Publish a run on the Hub, proved before it is uploaded.",
     "verify": "Compare a model's weight files with the checksums in its card.",

@@ -217,5 +217,7 @@ def _register_width(run: RunFolder, asked: int | None, base: Base) -> int:
     for key in ("register_width", "inference_register_width"):
         if recorded.get(key) is not None:
             return recorded[key]
+    if run.record["method"]["name"] == "plain":
+        return 0
     side = base.image_size // base.model.patch_size
     return max(1, side // recorded["register_factor"])

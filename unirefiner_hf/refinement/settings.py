@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from ..spurious.settings import FilterSettings, require
 
 
+METHODS = ("unirefiner", "plain")
+
+
 @dataclass
 class UniRefinerSettings(FilterSettings):
     """Hyper-parameters of one UniRefiner step (arXiv 2605.19622).
@@ -18,6 +21,14 @@ class UniRefinerSettings(FilterSettings):
         ValueError: a value is outside its range.
     """
 
+    method: str = field(
+        default="unirefiner",
+        metadata={
+            "help": "'unirefiner', or 'plain': the same distillation without registers "
+            "and filters, the control of every comparison.",
+            "choices": list(METHODS),
+        },
+    )
     num_crops: int = field(
         default=3, metadata={"help": "Crops per image and step (P in the paper)."}
     )
@@ -104,6 +115,8 @@ class UniRefinerSettings(FilterSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        methods = " or ".join(map(repr, METHODS))
+        require(self, "method", self.method in METHODS, methods)
         require(self, "num_crops", self.num_crops >= 1, "at least 1")
         require(self, "crop_area_min", 0 < self.crop_area_min <= 1, "in (0, 1]")
         require(

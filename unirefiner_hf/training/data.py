@@ -132,7 +132,7 @@ def build_dataset(
         if streaming:
             raise ImageError(f"{path.name}: a folder of images is not streamed.")
         return _open_folder(path, to_pixels, max_images, seed)
-    table = _load_table(data, path, config_name, split, streaming)
+    table = load_table(data, path, config_name, split, streaming)
     columns = table.column_names
     if columns is not None and image_column not in columns:
         raise ImageError(
@@ -149,7 +149,7 @@ def build_dataset(
     names = [f"{_short(data)}[{number}]" for number in range(len(table))]
 
     def read(number: int) -> Any:
-        return _source(table[number][image_column])
+        return source_of(table[number][image_column])
 
     report = DataReport(_short(data), len(table))
     return RefinementImages(names, read, to_pixels, report)
@@ -204,7 +204,7 @@ def _builder(path: Path) -> str | None:
     return BUILDERS[sorted(found)[0]] if found else None
 
 
-def _load_table(
+def load_table(
     data: str, path: Path, config_name: str | None, split: str, streaming: bool
 ) -> Any:
     if path.exists():
@@ -263,7 +263,7 @@ def _open_stream(
         for value, number in zip(batch[image_column], indices, strict=True):
             try:
                 pixels = to_pixels(
-                    _source(value), f"{report.source} (number {number} of the stream)"
+                    source_of(value), f"{report.source} (number {number} of the stream)"
                 )
             except ImageError as problem:
                 pending.append(str(problem))
@@ -281,7 +281,7 @@ def _open_stream(
     return stream
 
 
-def _source(value: Any) -> Any:
+def source_of(value: Any) -> Any:
     """What `load_rgb` takes of a cell: bytes, a path, an image or an array."""
     if isinstance(value, dict):
         return value["bytes"] if value.get("bytes") is not None else value["path"]

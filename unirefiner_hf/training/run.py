@@ -23,6 +23,7 @@ from ..publishing.card import card_from_record
 from ..publishing.merge import export_refined
 from ..publishing.push import push_run
 from ..refinement.objective import UniRefinerObjective
+from ..refinement.plain_distillation import PlainDistillation
 from ..refinement.settings import UniRefinerSettings
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.similarity import gather_tokens
@@ -53,6 +54,7 @@ logger = logging.get_logger(__name__)
 
 RECORD = "run.json"
 LAZY_IMAGES, LAZY_TOKENS = 64, 128
+OBJECTIVES = {"unirefiner": UniRefinerObjective, "plain": PlainDistillation}
 
 
 class RunError(ValueError):
@@ -120,7 +122,7 @@ def refine(
     )
     reference = preprocess(picture, size, mean, std).unsqueeze(0)
 
-    objective = UniRefinerObjective(
+    objective = OBJECTIVES[settings.method](
         base.model, settings, reference, model_args.register_factor
     ).to(args.device)
     if args.compile_layers:
@@ -336,6 +338,7 @@ def _record(
 ) -> dict[str, Any]:
     """The run's own account, without a path of this machine."""
     data = Path(data_args.data).expanduser()
+    method = dataclasses.asdict(settings)
     packages = ("unirefiner_hf", "torch", "transformers", "accelerate", "peft")
     return {
         "format": 1,
@@ -360,7 +363,7 @@ def _record(
             "max_images": data_args.max_images,
             "seed": args.seed,
         },
-        "method": {"name": "unirefiner", **dataclasses.asdict(settings)},
+        "method": {"name": method.pop("method"), **method},
         "training": {
             "optimizer": OptimizerNames(args.optim).value,
             "weight_decay": args.weight_decay,

@@ -1,0 +1,82 @@
+"""The control: no frame, no filter, everything else of the objective."""
+
+import pytest
+import torch
+
+from tests.refinement.conftest import make_objective
+from unirefiner_hf.refinement.plain_distillation import PlainDistillation
+from unirefiner_hf.refinement.settings import UniRefinerSettings
+
+
+@pytest.fixture
+def plain():
+    """A plain objective on the tiny tower, in place of the refining one."""
+
+    def make(**settings):
+        other = make_objective(**settings)
+        return PlainDistillation(
+            other.model, other.settings, other.reference, channel_mask=None
+        ).train()
+
+    return make
+
+
+def test_gradients_reach_the_adapter_alone(plain):
+    objective = plain()
+    torch.manual_seed(0)
+    outputs = objective(torch.randn(2, 3, 24, 24))
+    assert set(outputs) == {"loss", "loss_regu", "loss_scd", "theta", "clean_ratio"}
+    assert outputs["clean_ratio"] == 1
+    outputs["loss"].backward()
+    reached = {n for n, p in objective.named_parameters() if p.grad is not None}
+    assert reached and all("lora_" in name for name in reached)
+
+
+def test_the_loss_is_the_sum_of_its_terms(plain):
+    objective = plain()
+    torch.manual_seed(0)
+    outputs = objective(torch.randn(2, 3, 24, 24))
+    total = outputs["loss_regu"] + 0.4 * outputs["loss_scd"]
+    assert outputs["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    early = objective(torch.randn(2, 3, 24, 24), progress=0.0)
+    assert "loss_scd" not in early
+
+
+def test_no_pass_has_a_frame_or_reads_the_attention(plain, monkeypatch):
+    objective = plain()
+    calls = []
+    encode = objective.model.encode
+
+    def watched(pixel_values, register_width=0, query_key_layers=()):
+        calls.append((register_width, tuple(query_key_layers), pixel_values.shape[-2:]))
+        return encode(pixel_values, register_width, query_key_layers)
+
+    monkeypatch.setattr(objective.model, "encode", watched)
+    objective(torch.randn(2, 3, 24, 24))
+    # Full images and 6 crops of the teacher (2 at a time), student, 6 crops again.
+    assert calls == [(0, (), (24, 24))] * (1 + 3 + 1 + 3)
+    assert objective.register_width(512, 512) == 0
+
+
+def test_an_unchanged_student_meets_its_teacher(plain):
+    """With the adapter neutral and every target its own token, the pull is at its best."""
+    objective = plain(match_to_full_image=False, uniformity=0.0, scd_weight=0.0)
+    for name, parameter in objective.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    crop_all = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(2, 3, 4)
+    from unirefiner_hf.refinement import plain_distillation
+
+    original = plain_distillation.views.propose_crops
+    plain_distillation.views.propose_crops = lambda *_: crop_all
+    try:
+        outputs = objective(torch.randn(2, 3, 24, 24))
+    finally:
+        plain_distillation.views.propose_crops = original
+    assert outputs["loss"].item() == pytest.approx(-1 / 0.2, abs=1e-3)
+
+
+def test_the_method_is_a_setting():
+    assert UniRefinerSettings().method == "unirefiner"
+    with pytest.raises(ValueError, match="method is 'plane'.*'unirefiner' or 'plain'"):
+        UniRefinerSettings(method="plane")

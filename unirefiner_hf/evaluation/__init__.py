@@ -1,0 +1,1 @@
+"""Measuring towers: linear probes on tasks, label-free cleanliness, pictures."""

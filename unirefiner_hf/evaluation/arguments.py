@@ -1,0 +1,120 @@
+"""What `unirefiner evaluate` can be told, beside the protocol of a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..spurious.settings import require
+from .labelled_images import LAYOUTS
+
+TASKS = ("segmentation", "depth")
+
+
+@dataclass
+class EvaluationArguments:
+    """Data, seeds and outputs of an evaluation.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    data: str = field(
+        metadata={
+            "help": "Folder of the data set, a set saved by datasets, or a Hub id."
+        }
+    )
+    task: str = field(
+        default="segmentation",
+        metadata={"help": "What to measure.", "choices": list(TASKS)},
+    )
+    dataset: str = field(
+        default="folder",
+        metadata={
+            "help": "Layout of the data: 'folder' has <split>/images and <split>/labels.",
+            "choices": ["folder", *LAYOUTS],
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name in tables. Unset: that of the data."}
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "Split that trains the probe."}
+    )
+    val_split: str = field(default="val", metadata={"help": "Split that is measured."})
+    train_images: str | None = field(
+        default=None, metadata={"help": "Folder, in place of the layout's."}
+    )
+    train_labels: str | None = field(
+        default=None, metadata={"help": "Folder, in place of the layout's."}
+    )
+    val_images: str | None = field(
+        default=None, metadata={"help": "Folder, in place of the layout's."}
+    )
+    val_labels: str | None = field(
+        default=None, metadata={"help": "Folder, in place of the layout's."}
+    )
+    image_column: str = field(
+        default="image", metadata={"help": "Column of a datasets set."}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "Column of a datasets set."}
+    )
+    num_classes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of classes. Unset: the layout's, or dataset.json's in the "
+            "folder."
+        },
+    )
+    reduce_zero_label: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Ignore label 0 and count the others from 0. Unset: the layout's."
+        },
+    )
+    ignore_label: int = field(
+        default=255, metadata={"help": "Label of pixels that do not count."}
+    )
+    max_train: int | None = field(
+        default=None, metadata={"help": "Train on this many images. Unset: all."}
+    )
+    max_val: int | None = field(
+        default=None, metadata={"help": "Measure on this many images. Unset: all."}
+    )
+    seeds: int = field(
+        default=3, metadata={"help": "Probes to train, with seeds 0, 1, ..."}
+    )
+    framed_base: bool = field(
+        default=True,
+        metadata={"help": "Measure the base with each frame the others have, too."},
+    )
+    evaluation_output: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the table, the report and one JSON of all. Unset: only "
+            "evaluation.json beside each checkpoint."
+        },
+    )
+    pictures: int = field(
+        default=4, metadata={"help": "Images of the report; 0: no report."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Such as cuda or cpu. Unset: a GPU if any."}
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run a model repository's own code. Off unless asked for."},
+    )
+
+    def __post_init__(self) -> None:
+        tasks = " or ".join(map(repr, TASKS))
+        layouts = ", ".join(("folder", *LAYOUTS))
+        require(self, "task", self.task in TASKS, tasks)
+        require(
+            self, "dataset", self.dataset in ("folder", *LAYOUTS), f"one of {layouts}"
+        )
+        require(self, "seeds", self.seeds >= 1, "at least 1")
+        require(self, "pictures", self.pictures >= 0, "0 or more")
+        for name in ("max_train", "max_val", "num_classes"):
+            value = getattr(self, name)
+            require(self, name, value is None or value >= 1, "at least 1, or unset")

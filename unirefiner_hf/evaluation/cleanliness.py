@@ -1,0 +1,388 @@
+"""How clean a tower's tokens are, without labels: several measures, none to trust alone.
+
+========================  ======================================================  ===========
+measure                   what it is                                              clean is
+========================  ======================================================  ===========
+fpgp, ah, spurious        shares the training's own filters find                  low
+norm_outliers             tokens with a norm above the image's mean + 3 std       low
+norm_max_to_median        largest norm over the median norm of the image          near 1
+shift_residual            1 - cosine of a place's tokens in two shifted views     low
+positional_variance       share of the variance that the place alone explains     low
+neighbour_cosine          cosine of adjacent tokens                               (see below)
+neighbour_contrast        its fall from flat neighbours to those across an edge   high
+knn_accuracy, knn_iou     labels found by the nearest tokens of other images      high
+========================  ======================================================  ===========
+
+What fools each of them:
+
+- The filters' own limits follow each image's mean, so they reject a similar share of any
+  tower's tokens. Against a base's limits (`base`) they say that tokens moved, not that they
+  got better; and a refined tower was trained on them. They look for the base's own dirt: a
+  tower with fixed patterns that its base does not have passes for clean (planted ones
+  ranked below clean tokens: area under the ROC curve 0.28, by its own limits 0.72).
+- Norms miss fixed patterns and proxies of normal or low norm; a tower that ends in a layer
+  norm is measured before it, one trained with registers may have none and be dirty.
+- The shift residual is fooled by tokens that are constant, whether clean or not: a collapsed
+  map has none, and planted fixed patterns and proxies were found no better than by chance.
+  Read it beside neighbour_contrast.
+- Positional variance counts a real habit of photographs (sky above) as dirt, and needs many
+  unlike images: with n images its noise is about 1/n, which is subtracted.
+- Neighbour cosine rises with any blur. Blurring lowers neighbour_contrast at the same time,
+  which is the guard: a cleaner map raises the first and keeps the second.
+- k-NN scores follow what the labels name; a proxy token that carries the scene can find the
+  right class on scenes with one object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ..images import default_reference, preprocess
+from ..spurious.diagnose import Diagnosis, Yardstick, diagnose
+from ..spurious.settings import FilterSettings
+from .augment import resize_labels
+from .checkpoints import Checkpoint
+from .labelled_images import ClassLabels, LabelledImages
+from .metrics import ConfusionMatrix
+
+SHIFTS = ((0, 1), (1, 0), (1, 2), (2, 1))
+"""Shifts in patches, rows and columns, of the views of the shift residual."""
+OUTLIER_SIGMA = 3.0
+BATCH = 8
+"""Images the tower takes at once."""
+LOWER_IS_CLEANER = {
+    "fpgp": True,
+    "ah": True,
+    "spurious": True,
+    "norm_outliers": True,
+    "norm_max_to_median": True,
+    "shift_residual": True,
+    "positional_variance": True,
+    "neighbour_cosine": None,
+    "neighbour_contrast": False,
+    "knn_accuracy": False,
+    "knn_iou": False,
+}
+
+
+@dataclass
+class Cleanliness:
+    """Measures of one checkpoint; see the module.
+
+    Attributes:
+        name: of the checkpoint.
+        values: measure -> value, means over images.
+        images: their number.
+        token_scores: name -> ``(images, patches)``, higher is dirtier: ``similarity`` to
+            unrelated tokens, ``inflow`` (negated), ``norm`` and ``shift`` residual. For
+            comparison with a known truth.
+        spurious: ``(images, patches)`` bool, what the filters found.
+        yardsticks: of each batch of `BATCH` images, for towers measured by this one's.
+        grid: rows and columns of patches.
+    """
+
+    name: str
+    values: dict[str, float]
+    images: int
+    token_scores: dict[str, Tensor]
+    spurious: Tensor
+    yardsticks: list[Yardstick]
+    grid: tuple[int, int]
+
+
+@dataclass
+class _Collected:
+    """What the images give one after another."""
+
+    diagnoses: list[Diagnosis] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    shifts: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    colours: list[Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def measure_cleanliness(
+    checkpoint: Checkpoint,
+    images: Sequence[Image.Image],
+    size: int,
+    *,
+    base: Cleanliness | None = None,
+    settings: FilterSettings | None = None,
+) -> Cleanliness:
+    """Every measure that needs no labels.
+
+    Args:
+        images: RGB; resized to ``size x size``, rounded up to patches.
+        base: measure the filters' shares by the yardstick of this tower, measured before
+            on the same images; None: by the checkpoint's own.
+        settings: of the filters.
+
+    Raises:
+        ValueError: fewer than 2 images, or other images than the base's.
+    """
+    if len(images) < 2:
+        raise ValueError(
+            f"{len(images)} image is too few: how much the place explains shows on several."
+        )
+    if base is not None and base.images != len(images):
+        raise ValueError(
+            f"{base.name} was measured on {base.images} images, these are {len(images)}."
+        )
+    side, device = checkpoint.side(size), checkpoint.model.device
+    pixels_of = {
+        "size": (side, side),
+        "mean": checkpoint.mean,
+        "std": checkpoint.std,
+    }
+    reference = preprocess(default_reference(), **pixels_of)[None].to(device)
+    found = _Collected()
+    title = f"cleanliness of {checkpoint.name}"
+    for start in tqdm(range(0, len(images), BATCH), desc=title, leave=False):
+        chunk = images[start : start + BATCH]
+        batch = torch.stack([preprocess(image, **pixels_of) for image in chunk])
+        batch = batch.to(device)
+        found.diagnoses.append(
+            diagnose(
+                checkpoint.model,
+                batch,
+                reference,
+                settings,
+                register_width=checkpoint.register_width,
+                yardstick=base.yardsticks[start // BATCH] if base else None,
+            )
+        )
+        norms, tokens = _norms_and_tokens(checkpoint, batch)
+        found.norms.append(norms)
+        found.tokens.append(tokens)
+        found.shifts += [shift_residual(checkpoint, image, size) for image in chunk]
+        found.colours.append(_patch_colours(batch, checkpoint.patch_size))
+    return _summary(checkpoint, found)
+
+
+def _summary(checkpoint: Checkpoint, found: _Collected) -> Cleanliness:
+    grid = found.diagnoses[0].grid
+    maps = {
+        "fpgp": torch.cat([diagnosis.fpgp for diagnosis in found.diagnoses]).cpu(),
+        "ah": torch.cat([diagnosis.ah for diagnosis in found.diagnoses]).cpu(),
+    }
+    maps["spurious"] = maps["fpgp"] | maps["ah"]
+    values = {name: marked.float().mean().item() for name, marked in maps.items()}
+    norms, tokens = torch.cat(found.norms), torch.cat(found.tokens)
+    values.update(norm_outliers(norms))
+    values["shift_residual"] = torch.stack(found.shifts).nanmean().item()
+    values["positional_variance"] = positional_variance(tokens)
+    values.update(neighbour_similarity(tokens, torch.cat(found.colours), grid))
+    scores = {
+        "similarity": torch.cat([d.similarity for d in found.diagnoses]).cpu(),
+        "inflow": -torch.cat([d.inflow for d in found.diagnoses]).cpu(),
+        "norm": norms,
+        "shift": torch.stack(found.shifts),
+    }
+    yardsticks = [diagnosis.yardstick for diagnosis in found.diagnoses]
+    return Cleanliness(
+        checkpoint.name, values, len(tokens), scores, maps["spurious"], yardsticks, grid
+    )
+
+
+def _norms_and_tokens(checkpoint: Checkpoint, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """``(batch, patches)`` norms before the last layer norm, and the tokens."""
+    outputs = checkpoint.model(
+        batch,
+        register_width=checkpoint.register_width,
+        output_hidden_states=[-1],
+    )
+    before = outputs.hidden_states[-1].float().norm(dim=-1)
+    return before.cpu(), outputs.last_hidden_state.float().cpu()
+
+
+def norm_outliers(norms: Tensor) -> dict[str, float]:
+    """``norm_outliers`` and ``norm_max_to_median``, means over images.
+
+    Args:
+        norms: ``(images, patches)``.
+    """
+    limit = norms.mean(1, keepdim=True) + OUTLIER_SIGMA * norms.std(1, keepdim=True)
+    ratio = norms.amax(dim=1) / norms.median(dim=1).values.clamp_min(1e-12)
+    return {
+        "norm_outliers": (norms > limit).float().mean().item(),
+        "norm_max_to_median": ratio.mean().item(),
+    }
+
+
+@torch.no_grad()
+def shift_residual(checkpoint: Checkpoint, image: Image.Image, size: int) -> Tensor:
+    """1 - cosine of the tokens of one place in shifted views, ``(patches,)``.
+
+    The image is resized 2 patches larger than the views, which are shifted by whole
+    patches, so the same pixels fall into the same patches. NaN where no view overlaps.
+    """
+    patch, side = checkpoint.patch_size, checkpoint.side(size)
+    large = side + 2 * patch
+    mean, std = checkpoint.mean, checkpoint.std
+    pixels = preprocess(image, (large, large), mean, std)
+    places = [(0, 0), *SHIFTS]
+    views = [
+        pixels[:, r * patch : r * patch + side, c * patch : c * patch + side]
+        for r, c in places
+    ]
+    maps = checkpoint.feature_map(torch.stack(views).to(checkpoint.model.device))
+    maps = functional.normalize(maps, dim=1).cpu()
+    rows, columns = maps.shape[2:]
+    total, count = torch.zeros(rows, columns), torch.zeros(rows, columns)
+    for (down, right), view in zip(SHIFTS, maps[1:], strict=True):
+        still = maps[0][:, down:, right:]
+        moved = view[:, : rows - down, : columns - right]
+        total[down:, right:] += 1 - (still * moved).sum(dim=0)
+        count[down:, right:] += 1
+    return torch.where(count > 0, total / count.clamp_min(1), torch.nan).flatten()
+
+
+def positional_variance(tokens: Tensor) -> float:
+    """Share of the tokens' variance that their place explains, over unlike images.
+
+    The variance of the places' means, less the part that chance gives with this many
+    images, over the whole (one-way analysis of variance, all channels together).
+
+    Args:
+        tokens: ``(images, patches, channels)``.
+    """
+    images, patches, _ = tokens.shape
+    tokens = tokens.double()
+    means = tokens.mean(dim=0)
+    within = ((tokens - means) ** 2).sum() / (patches * (images - 1))
+    between = ((means - means.mean(dim=0)) ** 2).sum() / (patches - 1)
+    between = between - within / images
+    return max(0.0, (between / (between + within)).item())
+
+
+def neighbour_similarity(
+    tokens: Tensor, colours: Tensor, grid: tuple[int, int]
+) -> dict[str, float]:
+    """``neighbour_cosine`` and, as a guard against blur, ``neighbour_contrast``.
+
+    The contrast is the mean cosine of the third of all adjacent pairs whose pixels differ
+    least, less that of the third that differ most.
+
+    Args:
+        tokens: ``(images, patches, channels)``.
+        colours: ``(images, patches, 3)``, mean pixel of each patch.
+    """
+    unit = functional.normalize(tokens, dim=-1).unflatten(1, grid)
+    shades = colours.unflatten(1, grid)
+    cosines, gaps = [], []
+    for axis in (1, 2):
+        length = unit.shape[axis]
+        first, second = (unit.narrow(axis, start, length - 1) for start in (0, 1))
+        cosines.append((first * second).sum(dim=-1).flatten(1))
+        first, second = (shades.narrow(axis, start, length - 1) for start in (0, 1))
+        gaps.append((first - second).norm(dim=-1).flatten(1))
+    cosine, gap = torch.cat(cosines, dim=1), torch.cat(gaps, dim=1)
+    third = max(1, gap.shape[1] // 3)
+    order = gap.argsort(dim=1)
+    flat = cosine.gather(1, order[:, :third]).mean()
+    edge = cosine.gather(1, order[:, -third:]).mean()
+    return {
+        "neighbour_cosine": cosine.mean().item(),
+        "neighbour_contrast": (flat - edge).item(),
+    }
+
+
+def _patch_colours(batch: Tensor, patch: int) -> Tensor:
+    return functional.avg_pool2d(batch, patch).flatten(2).transpose(1, 2).cpu()
+
+
+@torch.no_grad()
+def knn_retrieval(
+    checkpoint: Checkpoint,
+    images: LabelledImages,
+    classes: ClassLabels,
+    size: int,
+    *,
+    neighbours: int = 30,
+    temperature: float = 0.02,
+) -> dict[str, float]:
+    """Labels of each image's tokens, found by the nearest tokens of the other images.
+
+    A token's label is that of the pixel at its centre. The nearest tokens vote with
+    ``exp(cosine / temperature)``.
+
+    Returns:
+        ``knn_accuracy``, mean over classes, and ``knn_iou``, mean over classes.
+
+    Raises:
+        ValueError: fewer than 2 images.
+        LabelError: see `ClassLabels.read`.
+    """
+    if len(images) < 2:
+        raise ValueError("k-NN retrieval needs at least 2 labelled images.")
+    side, device = checkpoint.side(size), checkpoint.model.device
+    tokens, labels = [], []
+    for number in range(len(images)):
+        image, values = images.pair(number)
+        values = classes.read(values, images.names[number])
+        pixels = preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
+        found = checkpoint.feature_map(pixels[None].to(device))[0]
+        labels.append(torch.from_numpy(resize_labels(values, tuple(found.shape[1:]))))
+        tokens.append(functional.normalize(found.flatten(1).T, dim=-1))
+    bank, known = torch.stack(tokens), torch.stack(labels).flatten(1).to(device)
+    confusion = ConfusionMatrix(len(classes))
+    for number, query in enumerate(bank):
+        kept = torch.arange(len(bank), device=device) != number
+        others, answers = bank[kept].flatten(0, 1), known[kept].flatten()
+        usable = answers < len(classes)
+        others, answers = others[usable], answers[usable]
+        cosine, nearest = (query @ others.T).topk(min(neighbours, len(others)), dim=1)
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(query), len(classes), device=device)
+        votes.scatter_add_(1, answers[nearest], weights)
+        confusion.update(votes.argmax(dim=1), known[number])
+    scores = confusion.scores()
+    return {"knn_accuracy": scores.mean_accuracy, "knn_iou": scores.mean_iou}
+
+
+def detection_auc(scores: Tensor, truth: Tensor) -> float:
+    """How well a score ranks dirty tokens above clean ones: area under the ROC curve.
+
+    Args:
+        scores: of any shape, higher is dirtier; NaN entries are left out.
+        truth: bool, the same shape, True = dirty.
+
+    Raises:
+        ValueError: shapes differ, or the truth has one kind only.
+    """
+    if scores.shape != truth.shape:
+        raise ValueError(
+            f"Scores are {tuple(scores.shape)}, the truth {tuple(truth.shape)}."
+        )
+    kept = ~scores.isnan()
+    values, dirty = scores[kept].double(), truth[kept]
+    positive, negative = int(dirty.sum()), int((~dirty).sum())
+    if not positive or not negative:
+        raise ValueError("The truth needs both dirty and clean tokens.")
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    ranks = (ends - (counts.double() - 1) / 2)[inverse]
+    total = ranks[dirty].sum().item() - positive * (positive + 1) / 2
+    return total / (positive * negative)
+
+
+def cleanliness_table(rows: Sequence[Cleanliness]) -> str:
+    """Markdown: a measure a row, a checkpoint a column."""
+    lines = [
+        "| measure | " + " | ".join(row.name for row in rows) + " | clean is |",
+        "|---" * (len(rows) + 2) + "|",
+    ]
+    words = {True: "low", False: "high", None: "see contrast"}
+    for name, lower in LOWER_IS_CLEANER.items():
+        if all(name in row.values for row in rows):
+            cells = " | ".join(f"{row.values[name]:.3f}" for row in rows)
+            lines.append(f"| {name} | {cells} | {words[lower]} |")
+    return "\n".join(lines)

@@ -1,0 +1,215 @@
+"""Several checkpoints under one protocol: what `unirefiner evaluate` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import EvaluationArguments
+from .checkpoints import Checkpoint, check_same_tower, load_checkpoint
+from .depth import DepthSettings, evaluate_depth
+from .labelled_images import ClassLabels, LabelledImages, class_labels, open_pairs
+from .metrics import mean_iou_statistic, mean_statistic
+from .report import SegmentationRow, segmentation_report
+from .results import Comparison, Measured, Metric, write_results
+from .segmentation import SegmentationSettings, evaluate_segmentation
+
+TABLE, REPORT = "table.md", "report.html"
+SEGMENTATION_METRICS = (
+    Metric("mean_iou", "mIoU"),
+    Metric("mean_accuracy", "mACC"),
+)
+DEPTH_METRICS = (
+    Metric("rmse", "RMSE, mean of images", "m", 1.0, higher_is_better=False),
+    Metric("rmse_pooled", "RMSE, pooled", "m", 1.0, higher_is_better=False),
+    Metric("absrel", "AbsRel", "", 1.0, higher_is_better=False),
+    Metric("delta1", "delta1"),
+)
+
+
+def load_compared(
+    sources: Sequence[str], arguments: EvaluationArguments
+) -> list[Checkpoint]:
+    """The checkpoints in order, the base first, then the base with each frame met.
+
+    Raises:
+        CheckpointMismatchError: a checkpoint of another tower than the first.
+    """
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: list[Checkpoint] = []
+    for source in sources:
+        checkpoint = load_checkpoint(
+            source,
+            final_norm=loaded[0].model.config.final_norm if loaded else None,
+            device=device,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        if loaded:
+            check_same_tower(loaded[0], checkpoint)
+        names = [known.name for known in loaded]
+        if checkpoint.name in names:
+            unique = f"{checkpoint.name} ({Path(source).resolve().name})"
+            if unique in names:
+                unique = f"{checkpoint.name} ({source})"
+            checkpoint = dataclasses.replace(checkpoint, name=unique)
+        loaded.append(checkpoint)
+    base, others = loaded[0], loaded[1:]
+    widths = sorted({c.register_width for c in others} - {base.register_width, 0})
+    framed = [base.framed(width) for width in widths] if arguments.framed_base else []
+    return [base, *framed, *others]
+
+
+def compare_segmentation(
+    checkpoints: Sequence[Checkpoint],
+    arguments: EvaluationArguments,
+    settings: SegmentationSettings,
+) -> Comparison:
+    """Probe every checkpoint, and leave results where the arguments say.
+
+    Raises:
+        LabelError: see `open_pairs`, `class_labels` and `ClassLabels.read`.
+    """
+    train, val = open_splits(arguments)
+    classes = class_labels(
+        arguments.data,
+        arguments.dataset,
+        num_classes=arguments.num_classes,
+        reduce_zero_label=arguments.reduce_zero_label,
+        ignore=arguments.ignore_label,
+    )
+    comparison = Comparison(
+        task="image-segmentation",
+        dataset=name_of(arguments),
+        split=arguments.val_split,
+        protocol=settings.protocol(),
+        metrics=SEGMENTATION_METRICS,
+        images=len(val),
+        settings=dataclasses.asdict(settings),
+    )
+    shown: list[SegmentationRow] = []
+    for checkpoint in checkpoints:
+        result = evaluate_segmentation(
+            checkpoint,
+            train,
+            val,
+            classes,
+            settings,
+            seeds=arguments.seeds,
+            pictures=arguments.pictures,
+        )
+        measured = {
+            "mean_iou": Measured(
+                [s.mean_iou for s in result.scores], mean_iou_statistic(result.areas)
+            ),
+            "mean_accuracy": Measured([s.mean_accuracy for s in result.scores]),
+        }
+        comparison.rows.append((checkpoint, measured))
+        shown.append(SegmentationRow(checkpoint, result))
+    if _is_main():
+        _leave(comparison, arguments, val, classes, shown, settings)
+    return comparison
+
+
+def compare_depth(
+    checkpoints: Sequence[Checkpoint],
+    arguments: EvaluationArguments,
+    settings: DepthSettings,
+) -> Comparison:
+    """Probe the depth of every checkpoint, and leave results where the arguments say.
+
+    Raises:
+        LabelError: see `open_pairs` and `read_depth`.
+    """
+    train, val = open_splits(arguments)
+    comparison = Comparison(
+        task="depth-estimation",
+        dataset=name_of(arguments),
+        split=arguments.val_split,
+        protocol=settings.protocol(),
+        metrics=DEPTH_METRICS,
+        images=len(val),
+        settings=dataclasses.asdict(settings),
+    )
+    for checkpoint in checkpoints:
+        result = evaluate_depth(checkpoint, train, val, settings, seeds=arguments.seeds)
+        measured = {"rmse_pooled": Measured(result.pooled_rmse())}
+        for name in ("rmse", "absrel", "delta1"):
+            values = result.per_image(name)
+            means = values.mean(axis=1).tolist()
+            measured[name] = Measured(means, mean_statistic(values))
+        comparison.rows.append((checkpoint, measured))
+    output = arguments.evaluation_output
+    folder = None if output is None else Path(output)
+    write_results(comparison, folder)
+    if folder is not None:
+        (folder / TABLE).write_text(comparison.table() + "\n", encoding="utf-8")
+    return comparison
+
+
+def open_splits(
+    arguments: EvaluationArguments,
+) -> tuple[LabelledImages, LabelledImages]:
+    """Training and validation pairs."""
+    columns = {
+        "image_column": arguments.image_column,
+        "label_column": arguments.label_column,
+    }
+    train = open_pairs(
+        arguments.data,
+        arguments.train_split,
+        layout=arguments.dataset,
+        images=arguments.train_images,
+        labels=arguments.train_labels,
+        **columns,
+    )
+    val = open_pairs(
+        arguments.data,
+        arguments.val_split,
+        layout=arguments.dataset,
+        images=arguments.val_images,
+        labels=arguments.val_labels,
+        **columns,
+    )
+    return train.first(arguments.max_train), val.first(arguments.max_val)
+
+
+def name_of(arguments: EvaluationArguments) -> str:
+    """What tables call the data set, never a whole path."""
+    if arguments.dataset_name is not None:
+        return arguments.dataset_name
+    names = {"ade20k": "ADE20K", "cityscapes": "Cityscapes", "voc": "PASCAL VOC 2012"}
+    path = Path(arguments.data).expanduser()
+    fallback = path.resolve().name if path.exists() else arguments.data
+    return names.get(arguments.dataset, fallback)
+
+
+def _is_main() -> bool:
+    distributed = torch.distributed.is_available()
+    return not (distributed and torch.distributed.is_initialized()) or (
+        torch.distributed.get_rank() == 0
+    )
+
+
+def _leave(
+    comparison: Comparison,
+    arguments: EvaluationArguments,
+    val: LabelledImages,
+    classes: ClassLabels,
+    shown: list[SegmentationRow],
+    settings: Any,
+) -> None:
+    output = arguments.evaluation_output
+    folder = None if output is None else Path(output)
+    write_results(comparison, folder)
+    if folder is None:
+        return
+    (folder / TABLE).write_text(comparison.table() + "\n", encoding="utf-8")
+    if arguments.pictures:
+        page = segmentation_report(
+            comparison, val, classes, shown, settings.crop, arguments.pictures
+        )
+        (folder / REPORT).write_text(page, encoding="utf-8")

@@ -1,0 +1,351 @@
+"""Linear-probe depth: a 1x1 convolution to 256 bins on frozen tokens (NYUd protocol)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ..images import preprocess
+from ..spurious.settings import require
+from .augment import distort, normalised, resize_labels
+from .checkpoints import Checkpoint
+from .labelled_images import LabelError, LabelledImages
+from .metrics import DepthErrors, depth_errors
+
+EIGEN_ROWS, EIGEN_COLUMNS = (45, 471), (41, 601)
+EIGEN_SIZE = (480, 640)
+UPSAMPLING = 4
+
+
+@dataclass
+class DepthSettings:
+    """Protocol of the probe; defaults are DINOv2's linear depth on NYUd.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    depth_low: float = field(
+        default=1e-3, metadata={"help": "Smallest depth in metres."}
+    )
+    depth_high: float = field(
+        default=10.0, metadata={"help": "Largest depth in metres."}
+    )
+    depth_bins: int = field(default=256, metadata={"help": "Uniform bins of depth."})
+    depth_scale: float = field(
+        default=1000.0,
+        metadata={
+            "help": "Values of integer depth maps are divided by this to metres."
+        },
+    )
+    depth_crop_height: int = field(
+        default=416,
+        metadata={"help": "Rows of a training crop, rounded up to patches."},
+    )
+    depth_crop_width: int = field(
+        default=544,
+        metadata={"help": "Columns of a training crop, rounded up to patches."},
+    )
+    depth_rotation: float = field(
+        default=2.5,
+        metadata={"help": "Training images turn by up to this, in degrees."},
+    )
+    depth_flip: float = field(
+        default=0.5, metadata={"help": "Probability of mirroring a training crop."}
+    )
+    depth_distortion: bool = field(
+        default=True, metadata={"help": "Photometric distortion of training crops."}
+    )
+    depth_iterations: int = field(
+        default=38_400, metadata={"help": "Steps of a probe."}
+    )
+    depth_batch: int = field(default=16, metadata={"help": "Images a step."})
+    depth_lr: float = field(
+        default=5e-3, metadata={"help": "Highest learning rate, AdamW."}
+    )
+    depth_weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay, AdamW."}
+    )
+    depth_warmup: float = field(
+        default=1 / 3, metadata={"help": "Share of the steps that warm up."}
+    )
+    depth_clip: float = field(default=35.0, metadata={"help": "Largest gradient norm."})
+    depth_loss_warmup: int = field(
+        default=100,
+        metadata={"help": "First steps, whose loss has its mean term only."},
+    )
+    depth_eigen_crop: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Measure rows 45 to 471 and columns 41 to 601 only. Unset: for maps "
+            "of 640x480."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "depth_low", self.depth_low > 0, "positive")
+        require(self, "depth_high", self.depth_high > self.depth_low, "above depth_low")
+        require(self, "depth_bins", self.depth_bins >= 2, "at least 2")
+        require(self, "depth_scale", self.depth_scale > 0, "positive")
+        for name in ("depth_crop_height", "depth_crop_width"):
+            require(self, name, getattr(self, name) >= 1, "at least 1 pixel")
+        for name in ("depth_iterations", "depth_batch"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "depth_lr", self.depth_lr > 0, "positive")
+        require(self, "depth_warmup", 0 <= self.depth_warmup < 1, "in [0, 1)")
+
+    def protocol(self) -> str:
+        """In a few words."""
+        return (
+            f"linear probe, {self.depth_bins} bins, crop {self.depth_crop_height}x"
+            f"{self.depth_crop_width}, {self.depth_iterations} steps"
+        )
+
+
+@dataclass(frozen=True)
+class DepthResult:
+    """One checkpoint under every probe seed.
+
+    Attributes:
+        errors: of each seed, of each image.
+    """
+
+    errors: list[list[DepthErrors]]
+
+    def per_image(self, name: str) -> np.ndarray:
+        """``(seeds, images)`` of ``rmse``, ``absrel`` or ``delta1``."""
+        return np.array([[getattr(e, name) for e in seed] for seed in self.errors])
+
+    def pooled_rmse(self) -> list[float]:
+        """RMSE over all pixels of all images at once, of each seed."""
+        return [
+            (sum(e.squared for e in seed) / sum(e.pixels for e in seed)) ** 0.5
+            for seed in self.errors
+        ]
+
+
+class DepthHead(nn.Module):
+    """Depth as the expectation over uniform bins.
+
+    ``relu(scores) + 0.1``, normalised over the bins, times their depths.
+    """
+
+    def __init__(self, channels: int, bins: int, low: float, high: float) -> None:
+        super().__init__()
+        self.score = nn.Conv2d(channels, bins, 1)
+        nn.init.normal_(self.score.weight, std=0.01)
+        if self.score.bias is not None:
+            nn.init.zeros_(self.score.bias)
+        self.depths: Tensor
+        self.register_buffer("depths", torch.linspace(low, high, bins))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(batch, channels, rows, columns)`` to ``(batch, rows, columns)`` metres."""
+        weights = self.score(features).relu() + 0.1
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        return torch.einsum("bkhw,k->bhw", weights, self.depths)
+
+
+def sig_loss(
+    prediction: Tensor, depth: Tensor, valid: Tensor, *, mean_only: bool = False
+) -> Tensor:
+    """``sqrt(var(g) + 0.15 mean(g)^2)`` with g the difference of logs (eps 0.001).
+
+    Args:
+        mean_only: ``sqrt(0.15 mean(g)^2)``, for the first steps.
+    """
+    gap = torch.log(prediction[valid] + 1e-3) - torch.log(depth[valid] + 1e-3)
+    total = 0.15 * gap.mean() ** 2
+    if not mean_only:
+        total = total + gap.var()
+    return torch.sqrt(total + 1e-12)
+
+
+def depth_features(checkpoint: Checkpoint, pixel_values: Tensor) -> Tensor:
+    """Patch tokens beside the pooled token where there is one, four times finer."""
+    tokens, pooled = checkpoint.tokens_and_summary(pixel_values)
+    if pooled is not None:
+        spread = pooled[:, :, None, None].expand(-1, -1, *tokens.shape[2:])
+        tokens = torch.cat((tokens, spread), dim=1)
+    return functional.interpolate(
+        tokens, scale_factor=UPSAMPLING, mode="bilinear", align_corners=False
+    )
+
+
+def read_depth(values: np.ndarray, name: str, settings: DepthSettings) -> np.ndarray:
+    """A depth map in metres; 0 where there is none.
+
+    Raises:
+        LabelError: negative or not finite, or no pixel within the range.
+    """
+    depth = values.astype(np.float32)
+    if values.dtype.kind in "ui":
+        depth = depth / settings.depth_scale
+    if not np.isfinite(depth).all() or depth.min(initial=0) < 0:
+        raise LabelError(f"{name}: the depth map holds negative or infinite values.")
+    if not ((depth > settings.depth_low) & (depth <= settings.depth_high)).any():
+        raise LabelError(
+            f"{name}: no depth lies within {settings.depth_low} to {settings.depth_high} "
+            f"m; the largest is {depth.max():g} m. Set depth_scale (now "
+            f"{settings.depth_scale:g}) to the map's units a metre."
+        )
+    return depth
+
+
+def evaluate_depth(
+    checkpoint: Checkpoint,
+    train: LabelledImages,
+    val: LabelledImages,
+    settings: DepthSettings,
+    *,
+    seeds: int = 3,
+) -> DepthResult:
+    """Train a probe for each seed on `train` and measure it on `val`, on one process.
+
+    Raises:
+        LabelError: see `read_depth`.
+    """
+    heads = [_train(checkpoint, train, settings, seed) for seed in range(seeds)]
+    errors: list[list[DepthErrors]] = [[] for _ in heads]
+    for number in tqdm(range(len(val)), desc="validation", leave=False):
+        image, values = val.pair(number)
+        depth = torch.from_numpy(read_depth(values, val.names[number], settings))
+        size = (checkpoint.side(image.height), checkpoint.side(image.width))
+        pixels = preprocess(image, size, checkpoint.mean, checkpoint.std)
+        features = depth_features(checkpoint, pixels[None].to(checkpoint.model.device))
+        for head, measured in zip(heads, errors, strict=True):
+            with torch.no_grad():
+                guess = _resized(head(features), tuple(depth.shape))[0].cpu()
+            measured.append(_measure(guess, depth, settings))
+    return DepthResult(errors)
+
+
+def _measure(guess: Tensor, depth: Tensor, settings: DepthSettings) -> DepthErrors:
+    eigen = settings.depth_eigen_crop
+    if eigen is None:
+        eigen = tuple(depth.shape) == EIGEN_SIZE
+    if eigen:
+        rows, columns = slice(*EIGEN_ROWS), slice(*EIGEN_COLUMNS)
+        guess, depth = guess[rows, columns], depth[rows, columns]
+    return depth_errors(guess, depth, settings.depth_low, settings.depth_high)
+
+
+def _resized(depth: Tensor, size: tuple[int, ...]) -> Tensor:
+    return functional.interpolate(
+        depth[:, None], size, mode="bilinear", align_corners=False
+    )[:, 0]
+
+
+def _train(
+    checkpoint: Checkpoint, train: LabelledImages, settings: DepthSettings, seed: int
+) -> DepthHead:
+    steps, device = settings.depth_iterations, checkpoint.model.device
+    head: DepthHead | None = None
+    batches = _batches(checkpoint, train, settings, seed)
+    for step in tqdm(range(steps), desc=f"probe, seed {seed}", leave=False):
+        pixels, depth = next(batches)
+        features = depth_features(checkpoint, pixels.to(device))
+        if head is None:
+            head = _new_head(features.shape[1], settings, seed).to(device)
+            optimiser = torch.optim.AdamW(
+                head.parameters(),
+                lr=settings.depth_lr,
+                weight_decay=settings.depth_weight_decay,
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimiser, lambda s: _rate_share(s, steps, settings.depth_warmup)
+            )
+        depth = depth.to(device)
+        valid = (depth > settings.depth_low) & (depth <= settings.depth_high)
+        guess = _resized(head(features), tuple(depth.shape[1:]))
+        loss = sig_loss(
+            guess, depth, valid, mean_only=step < settings.depth_loss_warmup
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), settings.depth_clip)
+        optimiser.step()
+        schedule.step()
+    assert head is not None
+    return head.eval()
+
+
+def _new_head(channels: int, settings: DepthSettings, seed: int) -> DepthHead:
+    low, high = settings.depth_low, settings.depth_high
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DepthHead(channels, settings.depth_bins, low, high)
+
+
+def _rate_share(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then half a cosine."""
+    rising = int(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + np.cos(np.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _batches(
+    checkpoint: Checkpoint, images: LabelledImages, settings: DepthSettings, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    random = np.random.default_rng(seed)
+    size = (
+        checkpoint.side(settings.depth_crop_height),
+        checkpoint.side(settings.depth_crop_width),
+    )
+    order: list[int] = []
+    while True:
+        pixels: list[Tensor] = []
+        depths: list[Tensor] = []
+        while len(pixels) < settings.depth_batch:
+            order = order or random.permutation(len(images)).tolist()
+            number = order.pop()
+            image, values = images.pair(number)
+            depth = read_depth(values, images.names[number], settings)
+            crop, cut = _training_crop(image, depth, size, settings, random)
+            pixels.append(normalised(crop, checkpoint.mean, checkpoint.std))
+            depths.append(torch.from_numpy(cut))
+        stacked = torch.stack(depths)
+        if (
+            (stacked > settings.depth_low) & (stacked <= settings.depth_high)
+        ).sum() > 1:
+            yield torch.stack(pixels), stacked
+
+
+def _training_crop(
+    image: Image.Image,
+    depth: np.ndarray,
+    size: tuple[int, int],
+    settings: DepthSettings,
+    random: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turned, cropped, perhaps mirrored; smaller images are enlarged to the crop."""
+    height, width = size
+    scale = max(1.0, height / image.height, width / image.width)
+    if scale > 1:
+        larger = (
+            max(width, round(image.width * scale)),
+            max(height, round(image.height * scale)),
+        )
+        image = image.resize(larger, Image.Resampling.BILINEAR)
+        depth = resize_labels(depth, larger[::-1])
+    angle = random.uniform(-settings.depth_rotation, settings.depth_rotation)
+    turned = image.rotate(angle, Image.Resampling.BILINEAR)
+    depth = np.asarray(Image.fromarray(depth, "F").rotate(angle))
+    top = int(random.integers(0, image.height - height + 1))
+    left = int(random.integers(0, image.width - width + 1))
+    part = turned.crop((left, top, left + width, top + height))
+    pixels = np.asarray(part, dtype=np.float32)
+    cut = depth[top : top + height, left : left + width]
+    if random.random() < settings.depth_flip:
+        pixels, cut = pixels[:, ::-1], cut[:, ::-1]
+    if settings.depth_distortion:
+        pixels = distort(pixels, random)
+    return pixels, np.ascontiguousarray(cut)

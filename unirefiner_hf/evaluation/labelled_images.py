@@ -1,0 +1,368 @@
+"""Images with label or depth maps: folder pairs, published layouts, `datasets` sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..images import list_images, load_rgb
+from ..training.data import source_of
+from .metrics import IGNORE
+
+MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")
+
+
+class LabelError(ValueError):
+    """Labels are missing or wrong; the message names the file and the value."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a published data set keeps its files, below its root.
+
+    Attributes:
+        images, labels: folders of a split; ``{split}`` stands for the split's own name.
+        splits: our name -> the data set's.
+        image_ending, label_ending: what differs between the two file names of a pair.
+        lists: file with a split's names, one a line; empty where folders tell.
+        classes: number of classes.
+        reduce_zero_label: label 0 is ignored, the others count from 0.
+        relabel: label in the files -> class; others are ignored. Empty: as they are.
+    """
+
+    images: str
+    labels: str
+    splits: dict[str, str]
+    classes: int
+    image_ending: str = ""
+    label_ending: str = ""
+    lists: str = ""
+    reduce_zero_label: bool = False
+    relabel: dict[int, int] = field(default_factory=dict)
+
+
+# The 19 classes of Cityscapes among its label ids (its own labels.py).
+_CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_SPLITS = {"train": "train", "val": "val"}
+LAYOUTS = {
+    "ade20k": Layout(
+        images="images/{split}",
+        labels="annotations/{split}",
+        splits={"train": "training", "val": "validation"},
+        classes=150,
+        reduce_zero_label=True,
+    ),
+    "cityscapes": Layout(
+        images="leftImg8bit/{split}",
+        labels="gtFine/{split}",
+        splits=_SPLITS,
+        classes=19,
+        image_ending="_leftImg8bit",
+        label_ending="_gtFine_labelIds",
+        relabel={label: number for number, label in enumerate(_CITYSCAPES)},
+    ),
+    "voc": Layout(
+        images="JPEGImages",
+        labels="SegmentationClass",
+        splits=_SPLITS,
+        classes=21,
+        lists="ImageSets/Segmentation/{split}.txt",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Pairs of image and map by number.
+
+    Attributes:
+        names: of the pairs, for messages.
+        read_image: number -> what `load_rgb` takes.
+        read_map: number -> array ``(height, width)``.
+    """
+
+    names: Sequence[str]
+    read_image: Callable[[int], Any]
+    read_map: Callable[[int], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pair(self, number: int) -> tuple[Image.Image, np.ndarray]:
+        """Image and map of one size.
+
+        Raises:
+            ImageError: the image cannot be read.
+            LabelError: the map cannot be read, or is of another size.
+        """
+        image = load_rgb(self.read_image(number), self.names[number])
+        label = self.read_map(number)
+        if label.shape != (image.height, image.width):
+            shape = "x".join(map(str, label.shape[::-1]))
+            raise LabelError(
+                f"{self.names[number]}: the image is {image.width}x{image.height} pixels, "
+                f"its label {shape}. They must be of one size, one value a pixel."
+            )
+        return image, label
+
+    def first(self, count: int | None) -> LabelledImages:
+        """Evenly spaced pairs, at most `count`; None takes all."""
+        if count is None or count >= len(self):
+            return self
+        picked = [index * len(self) // count for index in range(count)]
+        return LabelledImages(
+            [self.names[i] for i in picked],
+            lambda number: self.read_image(picked[number]),
+            lambda number: self.read_map(picked[number]),
+        )
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """What the values of label maps mean.
+
+    Attributes:
+        names: of the classes.
+        reduce_zero_label: 0 is ignored, the others count from 0.
+        relabel: value in the files -> class; others are ignored.
+        ignore: value of pixels that do not count.
+    """
+
+    names: tuple[str, ...]
+    reduce_zero_label: bool = False
+    relabel: dict[int, int] = field(default_factory=dict)
+    ignore: int = IGNORE
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, values: np.ndarray, name: str) -> np.ndarray:
+        """File values to classes, ``(height, width)`` uint8 or int64; 255 is ignored.
+
+        Raises:
+            LabelError: a value that is no class; names the file and the value.
+        """
+        if values.dtype.kind not in "ui":
+            raise LabelError(
+                f"{name}: labels are {values.dtype}; whole numbers are needed."
+            )
+        labels = values.astype(np.int64)
+        ignored = labels == self.ignore
+        if self.relabel:
+            classes = np.full_like(labels, IGNORE)
+            for value, number in self.relabel.items():
+                classes[values == value] = number
+            return classes
+        if self.reduce_zero_label:
+            ignored |= labels == 0
+            labels = labels - 1
+        wrong = labels[~ignored & ((labels < 0) | (labels >= len(self)))]
+        if len(wrong):
+            value = int(wrong[0]) + int(self.reduce_zero_label)
+            first = int(self.reduce_zero_label)
+            raise LabelError(
+                f"{name}: a label is {value}; there are {len(self)} classes, {first} to "
+                f"{len(self) - 1 + first}, and {self.ignore} for ignored pixels. Set "
+                "num_classes or reduce_zero_label to what the files hold."
+            )
+        labels[ignored] = IGNORE
+        return labels
+
+
+def open_pairs(
+    data: str,
+    split: str,
+    *,
+    layout: str = "folder",
+    images: str | None = None,
+    labels: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> LabelledImages:
+    """Open one split of a data set.
+
+    Args:
+        data: folder of the data set, a set saved by `datasets`, or a Hub id.
+        split: ``train`` or ``val``, or a name the data set has.
+        layout: ``folder`` for ``<split>/images`` and ``<split>/labels``, or one of
+            `LAYOUTS`.
+        images, labels: folders of the split, in place of the layout's.
+        image_column, label_column: of a `datasets` set.
+
+    Raises:
+        LabelError: no such folder or split, or a file without its partner.
+        ImageError: a folder without images.
+    """
+    root = Path(data).expanduser()
+    if layout != "folder" and layout not in LAYOUTS:
+        raise LabelError(
+            f"dataset is {layout!r}; choose folder or one of {', '.join(LAYOUTS)}."
+        )
+    if images is not None or labels is not None:
+        if images is None or labels is None:
+            raise LabelError(f"Name both folders of {split}, of images and of labels.")
+        return pair_folders(Path(images), Path(labels))
+    if layout == "folder":
+        if not root.exists() or _is_table(root):
+            return _open_table(data, root, split, image_column, label_column)
+        _check_split(root, split, f"{split}/images")
+        return pair_folders(root / split / "images", root / split / "labels")
+    known = LAYOUTS[layout]
+    name = known.splits.get(split, split)
+    _check_split(root, split, known.images.format(split=name))
+    listed = None
+    if known.lists:
+        file = root / known.lists.format(split=name)
+        if not file.is_file():
+            raise LabelError(f"{file}: there is no such list of the split {split!r}.")
+        listed = file.read_text().split()
+    return pair_folders(
+        root / known.images.format(split=name),
+        root / known.labels.format(split=name),
+        known.image_ending,
+        known.label_ending,
+        listed,
+    )
+
+
+def _check_split(root: Path, split: str, below: str) -> None:
+    if (root / below).is_dir():
+        return
+    if not root.is_dir():
+        raise LabelError(f"{root}: there is no such folder.")
+    holds = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    raise LabelError(
+        f"{root} has no split {split!r}: there is no folder {below}. It holds "
+        f"{holds or 'no folders'}."
+    )
+
+
+def pair_folders(
+    images: Path,
+    labels: Path,
+    image_ending: str = "",
+    label_ending: str = "",
+    listed: Sequence[str] | None = None,
+) -> LabelledImages:
+    """Pair files of two folders by their path without suffix.
+
+    Args:
+        image_ending, label_ending: cut off the names before they are compared.
+        listed: keep only these names.
+
+    Raises:
+        LabelError: an image without label (names it), or a listed name without image.
+    """
+    paths = {_key(path, images, image_ending): path for path in list_images(images)}
+    if not labels.is_dir():
+        raise LabelError(f"{labels}: there is no such folder of labels.")
+    found = {
+        _key(path, labels, label_ending): path
+        for path in sorted(labels.rglob("*"))
+        if path.suffix.lower() in MAP_SUFFIXES and path.stem.endswith(label_ending)
+    }
+    names = sorted(paths) if listed is None else list(listed)
+    for held, folder in ((paths, images), (found, labels)):
+        missing = [name for name in names if name not in held]
+        if missing:
+            raise LabelError(
+                f"{folder} holds no file for {len(missing)} of {len(names)} names, the "
+                f"first is {missing[0]}."
+            )
+    return LabelledImages(
+        [paths[name].relative_to(images).as_posix() for name in names],
+        lambda number: paths[names[number]],
+        lambda number: read_map(found[names[number]]),
+    )
+
+
+def _key(path: Path, folder: Path, ending: str) -> str:
+    relative = path.relative_to(folder).with_suffix("").as_posix()
+    return relative.removesuffix(ending)
+
+
+def read_map(file: Path) -> np.ndarray:
+    """Values of a label or depth map as they are; of a palette image, the indices.
+
+    Raises:
+        LabelError: not a map with one value a pixel.
+    """
+    try:
+        if file.suffix == ".npy":
+            return np.load(file, allow_pickle=False)
+        with Image.open(file) as opened:
+            return np.asarray(opened)
+    except (OSError, ValueError) as problem:
+        raise LabelError(f"{file.name}: cannot be read ({problem}).") from None
+
+
+def _is_table(root: Path) -> bool:
+    if root.is_file():
+        return True
+    saved = ("state.json", "dataset_dict.json")
+    return any((root / name).is_file() for name in saved)
+
+
+def _open_table(
+    data: str, root: Path, split: str, image_column: str, label_column: str
+) -> LabelledImages:
+    import datasets
+
+    from ..training.data import load_table
+
+    table = load_table(data, root, None, split, streaming=False)
+    for column in (image_column, label_column):
+        if column not in table.column_names:
+            raise LabelError(
+                f"{data} has no column {column!r}; it has {', '.join(table.column_names)}."
+            )
+    if isinstance(table.features[image_column], datasets.Image):
+        table = table.cast_column(image_column, datasets.Image(decode=False))
+
+    def read(number: int) -> np.ndarray:
+        value = table[number][label_column]
+        return np.asarray(value)
+
+    names = [f"{root.name}[{number}]" for number in range(len(table))]
+    return LabelledImages(
+        names, lambda number: source_of(table[number][image_column]), read
+    )
+
+
+def class_labels(
+    data: str,
+    layout: str = "folder",
+    *,
+    num_classes: int | None = None,
+    reduce_zero_label: bool | None = None,
+    ignore: int = IGNORE,
+) -> ClassLabels:
+    """Classes of a data set: from its layout, its ``dataset.json``, or `num_classes`.
+
+    Raises:
+        LabelError: nothing says how many classes there are.
+    """
+    file = Path(data).expanduser() / "dataset.json"
+    relabel: dict[int, int] = {}
+    if layout in LAYOUTS:
+        known = LAYOUTS[layout]
+        names = tuple(map(str, range(known.classes)))
+        relabel = known.relabel
+        if reduce_zero_label is None:
+            reduce_zero_label = known.reduce_zero_label
+    elif num_classes is not None:
+        names = tuple(map(str, range(num_classes)))
+    elif file.is_file():
+        names = tuple(json.loads(file.read_text())["classes"])
+    else:
+        raise LabelError(
+            f"Nothing says how many classes {data} has: set num_classes, or put a "
+            'dataset.json with {"classes": [names]} into the folder.'
+        )
+    return ClassLabels(names, bool(reduce_zero_label), relabel, ignore)

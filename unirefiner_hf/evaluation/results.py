@@ -1,0 +1,284 @@
+"""Tables of an evaluation, and the ``evaluation.json`` beside a checkpoint.
+
+The file of a checkpoint, format 1::
+
+    {
+      "format": 1,
+      "entries": [                       one for each metric of each data set and protocol
+        {
+          "task": "image-segmentation",  as the Hub names tasks
+          "dataset": "StampScenes",      in words, or a Hub id
+          "split": "val",
+          "metric": "mean_iou",          as the Hub names metrics
+          "unit": "%",                   behind every number; empty for none
+          "higher_is_better": true,
+          "value": 55.1,                 of this checkpoint, mean over probe seeds
+          "std": 0.3,                    over probe seeds (n - 1); null for one seed
+          "seeds": 3,
+          "n": 160,                      images it was measured on
+          "register_width": 1,           frame it was measured with, in patches
+          "protocol": "linear probe, ...",
+          "settings": {...},             every number of the protocol
+          "controls": {                  what it is compared with, by name
+            "base": {
+              "value": 53.9, "std": 0.2, "register_width": 0,
+              "difference": 1.2,         this checkpoint minus the control
+              "interval": [0.4, 2.1]     95 %, paired bootstrap over images
+            }
+          },
+          "missing_controls": []         those a comparison needs and this one lacks
+        }
+      ]
+    }
+
+Measuring again replaces the entry of the same task, data set, split, metric and protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoints import METHOD_NAMES, Checkpoint
+from .metrics import Statistic, paired_bootstrap
+
+FILE, FORMAT = "evaluation.json", 1
+KEY = ("task", "dataset", "split", "metric", "protocol")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a task.
+
+    Attributes:
+        name: as the Hub names metrics.
+        title: head of its column.
+        unit: behind every number.
+        scale: from what is measured to what is shown (100 for per cent).
+        higher_is_better: which way is good.
+    """
+
+    name: str
+    title: str
+    unit: str = "%"
+    scale: float = 100.0
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint's values of one metric.
+
+    Attributes:
+        values: of each seed, unscaled.
+        statistic: for the bootstrap; None where there is none.
+    """
+
+    values: Sequence[float]
+    statistic: Statistic | None = None
+
+
+@dataclass
+class Comparison:
+    """Several checkpoints under one protocol; the first is the base.
+
+    Attributes:
+        rows: each checkpoint and metric name -> what was measured.
+        images: their number.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    protocol: str
+    metrics: Sequence[Metric]
+    images: int
+    settings: Mapping[str, Any]
+    rows: list[tuple[Checkpoint, dict[str, Measured]]] = field(default_factory=list)
+
+    def value(self, row: int, metric: Metric) -> tuple[float, float | None, int]:
+        """Mean and standard deviation over seeds, and their number, as shown."""
+        values = np.asarray(self.rows[row][1][metric.name].values) * metric.scale
+        std = float(values.std(ddof=1)) if len(values) > 1 else None
+        return float(values.mean()), std, len(values)
+
+    def difference(
+        self, row: int, control: int, metric: Metric
+    ) -> tuple[float, tuple[float, float] | None]:
+        """A row minus a control, and its 95 % interval where there is one."""
+        ours = self.rows[row][1][metric.name]
+        theirs = self.rows[control][1][metric.name]
+        gap = self.value(row, metric)[0] - self.value(control, metric)[0]
+        if ours.statistic is None or theirs.statistic is None:
+            return gap, None
+        low, high = paired_bootstrap(ours.statistic, theirs.statistic, self.images)
+        return gap, (low * metric.scale, high * metric.scale)
+
+    def missing_controls(self) -> list[str]:
+        """Controls without which a gain of a refined model says little."""
+        refined = [c for c, _ in self.rows if c.method == "unirefiner"]
+        plain = [c for c, _ in self.rows if c.method == "plain"]
+        framed = [c for c, _ in self.rows if c.method is None and c.register_width]
+        missing = []
+        if refined and not plain:
+            missing.append(METHOD_NAMES["plain"])
+        if any(c.register_width for c in refined) and not framed:
+            missing.append("base with the frame")
+        return missing
+
+    def entries(self, row: int) -> list[dict[str, Any]]:
+        """The entries of ``evaluation.json`` of one checkpoint."""
+        checkpoint = self.rows[row][0]
+        entries = []
+        for metric in self.metrics:
+            value, std, seeds = self.value(row, metric)
+            controls = {}
+            for other, (control, _) in enumerate(self.rows):
+                if other == row:
+                    continue
+                mean, spread, _ = self.value(other, metric)
+                gap, interval = self.difference(row, other, metric)
+                controls[control.name] = {
+                    "value": round(mean, 4),
+                    "std": _rounded(spread),
+                    "register_width": control.register_width,
+                    "difference": round(gap, 4),
+                    "interval": [round(x, 4) for x in interval] if interval else None,
+                }
+            entries.append(
+                {
+                    "task": self.task,
+                    "dataset": self.dataset,
+                    "split": self.split,
+                    "metric": metric.name,
+                    "unit": metric.unit,
+                    "higher_is_better": metric.higher_is_better,
+                    "value": round(value, 4),
+                    "std": _rounded(std),
+                    "seeds": seeds,
+                    "n": self.images,
+                    "register_width": checkpoint.register_width,
+                    "protocol": self.protocol,
+                    "settings": dict(self.settings),
+                    "controls": controls,
+                    "missing_controls": self.missing_controls(),
+                }
+            )
+        return entries
+
+    def table(self) -> str:
+        """Markdown: a row a checkpoint, then each difference with its interval."""
+        heads = [f"{m.title}{f' ({m.unit})' if m.unit else ''}" for m in self.metrics]
+        main = self.metrics[0]
+        heads.append(f"{main.title} against {self.rows[0][0].name}, 95 % interval")
+        lines = [
+            f"{self.dataset}, {self.split}, {self.images} images: {self.protocol}; "
+            f"mean and standard deviation over {self.value(0, main)[2]} probe seeds; "
+            "paired bootstrap over images.",
+            "",
+            "| | " + " | ".join(heads) + " |",
+            "|---" * (len(heads) + 1) + "|",
+        ]
+        for row, (checkpoint, _) in enumerate(self.rows):
+            cells = [self._cell(row, metric) for metric in self.metrics]
+            cells.append(self._gap(row, 0, main) if row else "")
+            lines.append(f"| {checkpoint.name} | " + " | ".join(cells) + " |")
+        for row, (checkpoint, _) in enumerate(self.rows):
+            if checkpoint.method != "unirefiner":
+                continue
+            for other, (control, _) in enumerate(self.rows):
+                if other not in (0, row):
+                    gap = self._gap(row, other, main)
+                    name = f"{checkpoint.name} against {control.name}"
+                    lines.append(f"\n{name}, {main.title}: {gap}")
+        lines += [
+            f"\nMissing control: {name}. Without it a gain says little."
+            for name in self.missing_controls()
+        ]
+        return "\n".join(lines)
+
+    def _cell(self, row: int, metric: Metric) -> str:
+        value, std, _ = self.value(row, metric)
+        digits = 1 if metric.scale == 100 else 3
+        spread = "" if std is None else f" ± {std:.{digits}f}"
+        return f"{value:.{digits}f}{spread}"
+
+    def _gap(self, row: int, control: int, metric: Metric) -> str:
+        gap, interval = self.difference(row, control, metric)
+        digits = 1 if metric.scale == 100 else 3
+        if interval is None:
+            return f"{gap:+.{digits}f}"
+        low, high = interval
+        return f"{gap:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def write_results(comparison: Comparison, output: Path | None = None) -> list[Path]:
+    """Put each checkpoint's entries into the ``evaluation.json`` beside it.
+
+    Args:
+        output: a folder for one file of all checkpoints, ``{"format": 1, "checkpoints":
+            {name: [entries]}}``; None writes only the files beside the checkpoints.
+
+    Returns:
+        The files written. Checkpoints without a folder (Hub ids, the base under another
+        frame) get none.
+
+    Raises:
+        ValueError: a file there is of a later format.
+    """
+    written = []
+    for row, (checkpoint, _) in enumerate(comparison.rows):
+        if checkpoint.folder is not None and checkpoint.method is not None:
+            file = checkpoint.folder / FILE
+            entries = comparison.entries(row)
+            _write(
+                file, {"format": FORMAT, "entries": [*_kept(file, entries), *entries]}
+            )
+            written.append(file)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        every = {
+            checkpoint.name: comparison.entries(row)
+            for row, (checkpoint, _) in enumerate(comparison.rows)
+        }
+        _write(output / FILE, {"format": FORMAT, "checkpoints": every})
+        written.append(output / FILE)
+    return written
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Entries of an ``evaluation.json`` beside a checkpoint; none where there is no file.
+
+    Raises:
+        ValueError: a later format.
+    """
+    if not file.is_file():
+        return []
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} is of format {content.get('format')!r}, expected {FORMAT}."
+        )
+    return content["entries"]
+
+
+def _kept(file: Path, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    new = {tuple(entry[key] for key in KEY) for entry in entries}
+    kept = read_results(file)
+    return [entry for entry in kept if tuple(entry[key] for key in KEY) not in new]
+
+
+def _write(file: Path, content: Any) -> None:
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, file)

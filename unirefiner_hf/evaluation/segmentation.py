@@ -1,0 +1,568 @@
+"""Linear-probe segmentation: BatchNorm and a 1x1 convolution on frozen tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..images import preprocess
+from ..spurious.settings import require
+from .augment import CropSettings, normalised, resize_labels, training_crop
+from .checkpoints import Checkpoint
+from .labelled_images import ClassLabels, LabelledImages
+from .metrics import IGNORE, ConfusionMatrix, SegmentationScores
+
+FAST_SCALE = 4
+"""The fast mode trains on labels this many times finer than the token grid."""
+
+
+@dataclass
+class SegmentationSettings:
+    """Protocol of the probe; defaults are DINOv2's linear segmentation.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    crop: int = field(
+        default=512,
+        metadata={
+            "help": "Side of training crops and test windows in pixels; rounded up to "
+            "whole patches."
+        },
+    )
+    stride: int = field(
+        default=341, metadata={"help": "Step of the test window in pixels."}
+    )
+    scale_min: float = field(default=0.5, metadata={"help": "Smallest training scale."})
+    scale_max: float = field(default=2.0, metadata={"help": "Largest training scale."})
+    max_class_share: float = field(
+        default=0.75,
+        metadata={"help": "A crop that one class fills by more is drawn again."},
+    )
+    flip: float = field(
+        default=0.5, metadata={"help": "Probability of mirroring a training crop."}
+    )
+    distortion: bool = field(
+        default=True, metadata={"help": "Photometric distortion of training crops."}
+    )
+    iterations: int = field(default=40_000, metadata={"help": "Steps of a probe."})
+    batch: int = field(default=16, metadata={"help": "Images a step, all processes."})
+    probe_lr: float = field(default=1e-3, metadata={"help": "Learning rate, AdamW."})
+    probe_weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay, AdamW."}
+    )
+    warmup: int = field(
+        default=1500,
+        metadata={"help": "Steps of linear warm-up, at most a tenth of all."},
+    )
+    power: float = field(
+        default=1.0, metadata={"help": "Exponent of the polynomial decay."}
+    )
+    head_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the 1x1 convolution."}
+    )
+    fast: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode every image once, whole and resized to crop x crop, and train "
+            "on the cached tokens: minutes in place of hours, no augmentation but "
+            "mirroring. Not comparable with published numbers."
+        },
+    )
+    fast_iterations: int = field(
+        default=1000, metadata={"help": "Steps of a probe in the fast mode."}
+    )
+    workers: int = field(
+        default=0, metadata={"help": "Processes that prepare training crops."}
+    )
+    encode_batch: int = field(
+        default=8, metadata={"help": "Images or windows the tower takes at once."}
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "crop", self.crop >= 1, "at least 1 pixel")
+        require(self, "stride", self.stride >= 1, "at least 1 pixel")
+        require(self, "scale_min", self.scale_min > 0, "positive")
+        require(
+            self,
+            "scale_max",
+            self.scale_max >= self.scale_min,
+            f"scale_min ({self.scale_min}) or more",
+        )
+        require(self, "iterations", self.iterations >= 1, "at least 1")
+        require(self, "fast_iterations", self.fast_iterations >= 1, "at least 1")
+        require(self, "batch", self.batch >= 1, "at least 1")
+        require(self, "encode_batch", self.encode_batch >= 1, "at least 1")
+        require(self, "probe_lr", self.probe_lr > 0, "positive")
+        require(self, "head_dropout", 0 <= self.head_dropout < 1, "in [0, 1)")
+
+    @property
+    def crops(self) -> CropSettings:
+        """How training crops are drawn, before rounding to patches."""
+        return CropSettings(
+            self.crop,
+            (self.scale_min, self.scale_max),
+            self.max_class_share,
+            self.flip,
+            self.distortion,
+        )
+
+    def protocol(self) -> str:
+        """In a few words."""
+        if self.fast:
+            return (
+                f"linear probe on cached tokens, whole images at {self.crop} px, "
+                f"{self.fast_iterations} steps"
+            )
+        return (
+            f"linear probe, crop {self.crop}, window {self.crop}/{self.stride}, "
+            f"{self.iterations} steps"
+        )
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """One checkpoint under every probe seed.
+
+    Attributes:
+        scores: of each seed.
+        areas: ``(seeds, images, classes, 3)`` int64, see `ConfusionMatrix.update`.
+        predictions: of the first seed, ``(height, width)`` uint8 or int64 of the first
+            images, for pictures.
+    """
+
+    scores: list[SegmentationScores]
+    areas: np.ndarray
+    predictions: list[np.ndarray]
+
+
+def evaluate_segmentation(
+    checkpoint: Checkpoint,
+    train: LabelledImages,
+    val: LabelledImages,
+    classes: ClassLabels,
+    settings: SegmentationSettings,
+    *,
+    seeds: int = 3,
+    pictures: int = 4,
+) -> SegmentationResult:
+    """Train a probe for each seed on `train` and measure it on `val`.
+
+    On several processes (torch.distributed) each takes its share of every batch and of
+    the validation images; every process returns the whole result.
+
+    Raises:
+        LabelError: see `ClassLabels.read`.
+    """
+    run = _fast_run if settings.fast else _full_run
+    return run(checkpoint, train, val, classes, settings, seeds, pictures)
+
+
+class LinearHead(nn.Module):
+    """BatchNorm, dropout if any, and a 1x1 convolution: tokens to class scores.
+
+    Args:
+        channels: of a token.
+        classes: number of classes.
+    """
+
+    def __init__(self, channels: int, classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, classes, 1)
+        nn.init.normal_(self.classify.weight, std=0.01)
+        if self.classify.bias is not None:
+            nn.init.zeros_(self.classify.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(batch, channels, rows, columns)`` to ``(batch, classes, rows, columns)``."""
+        return self.classify(self.dropout(self.norm(features)))
+
+
+def learning_rate_share(step: int, steps: int, warmup: int, power: float) -> float:
+    """Linear warm-up, then polynomial decay to 0; `step` counts from 0."""
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 - step / steps) ** power
+
+
+def train_head(
+    head: LinearHead,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    settings: SegmentationSettings,
+    title: str = "",
+) -> None:
+    """Fit a head in place.
+
+    Args:
+        batches: features ``(batch, channels, rows, columns)`` and labels ``(batch,
+            height, width)``, 255 ignored; class scores are resized to the labels.
+    """
+    head.train()
+    optimiser = torch.optim.AdamW(
+        head.parameters(),
+        lr=settings.probe_lr,
+        weight_decay=settings.probe_weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda step: learning_rate_share(step, steps, settings.warmup, settings.power),
+    )
+    for _ in tqdm(range(steps), desc=title, leave=False, disable=_rank()[0] > 0):
+        features, labels = next(batches)
+        scores = _resized(head(features), labels.shape[-2:])
+        loss = functional.cross_entropy(
+            scores, labels, ignore_index=IGNORE, reduction="sum"
+        )
+        loss = loss / (labels != IGNORE).sum().clamp_min(1)
+        optimiser.zero_grad()
+        loss.backward()
+        _average_gradients(head)
+        optimiser.step()
+        schedule.step()
+    head.eval()
+
+
+def _resized(scores: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    return functional.interpolate(
+        scores, tuple(size), mode="bilinear", align_corners=False
+    )
+
+
+def _rank() -> tuple[int, int]:
+    """Number of this process and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _average_gradients(head: nn.Module) -> None:
+    world = _rank()[1]
+    if world > 1:
+        for parameter in head.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(world)
+
+
+def _new_head(
+    checkpoint: Checkpoint, classes: int, settings: SegmentationSettings, seed: int
+) -> LinearHead:
+    """A head drawn from the seed alone, so that every checkpoint starts alike."""
+    device = checkpoint.model.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = LinearHead(checkpoint.hidden_size, classes, settings.head_dropout)
+    if _rank()[1] > 1 and device.type == "cuda":
+        head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
+    return head.to(device)
+
+
+def _gathered(
+    areas: dict[int, np.ndarray], predictions: dict[int, np.ndarray], pictures: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Per-image results of all processes, in order."""
+    if _rank()[1] > 1:
+        parts: list = [None] * _rank()[1]
+        dist.all_gather_object(parts, (areas, predictions))
+        areas = {k: v for part in parts for k, v in part[0].items()}
+        predictions = {k: v for part in parts for k, v in part[1].items()}
+    shown = [predictions[number] for number in sorted(predictions)[:pictures]]
+    return np.stack([areas[number] for number in sorted(areas)]), shown
+
+
+class _Validation:
+    """Counts the predictions of one seed."""
+
+    def __init__(self, classes: int, pictures: int) -> None:
+        self.confusion = ConfusionMatrix(classes)
+        self.pictures = pictures
+        self.areas: dict[int, np.ndarray] = {}
+        self.predictions: dict[int, np.ndarray] = {}
+
+    def add(self, number: int, scores: Tensor, label: np.ndarray) -> None:
+        """One image's class scores ``(1, classes, rows, columns)`` against its label."""
+        prediction = _resized(scores, label.shape).argmax(dim=1)[0].cpu()
+        areas = self.confusion.update(prediction, torch.from_numpy(label))
+        self.areas[number] = areas.numpy()
+        if number < self.pictures:
+            self.predictions[number] = prediction.numpy()
+
+    def finish(self) -> tuple[SegmentationScores, np.ndarray, list[np.ndarray]]:
+        """Scores over all processes, areas of each image, first predictions."""
+        self.confusion.all_reduce()
+        areas, shown = _gathered(self.areas, self.predictions, self.pictures)
+        return self.confusion.scores(), areas, shown
+
+
+def _result(
+    finished: list[tuple[SegmentationScores, np.ndarray, list[np.ndarray]]],
+) -> SegmentationResult:
+    scores, areas, shown = zip(*finished, strict=True)
+    return SegmentationResult(list(scores), np.stack(areas), shown[0])
+
+
+# Fast mode: every image through the tower once
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """Tokens of whole images at one size, in half precision.
+
+    Attributes:
+        features: ``(images, channels, rows, columns)`` float16.
+        labels: ``(images, height, width)`` int64 at `FAST_SCALE` times the grid.
+    """
+
+    features: Tensor
+    labels: Tensor
+
+
+def cache_tokens(
+    checkpoint: Checkpoint,
+    images: LabelledImages,
+    classes: ClassLabels,
+    size: int,
+    batch: int = 8,
+    *,
+    mirrored: bool = False,
+    numbers: range | None = None,
+) -> tuple[CachedTokens, list[np.ndarray]]:
+    """Encode images resized to ``size x size``.
+
+    Args:
+        mirrored: encode each image mirrored, too; these come last.
+        numbers: the images to take; None takes all.
+
+    Returns:
+        The tokens, and the labels at full size.
+    """
+    numbers = numbers if numbers is not None else range(len(images))
+    grid = size // checkpoint.patch_size
+    fine = (FAST_SCALE * grid, FAST_SCALE * grid)
+    pixels: list[Tensor] = []
+    whole: list[np.ndarray] = []
+    device, features = checkpoint.model.device, []
+    flipped_features = []
+
+    def encode() -> None:
+        if pixels:
+            stack = torch.stack(pixels).to(device)
+            features.append(checkpoint.feature_map(stack).half().cpu())
+            if mirrored:
+                flipped_features.append(
+                    checkpoint.feature_map(stack.flip(-1)).half().cpu()
+                )
+            pixels.clear()
+
+    title = f"tokens of {checkpoint.name}"
+    for number in tqdm(numbers, desc=title, leave=False, disable=_rank()[0] > 0):
+        image, values = images.pair(number)
+        whole.append(classes.read(values, images.names[number]))
+        size2 = (size, size)
+        pixels.append(preprocess(image, size2, checkpoint.mean, checkpoint.std))
+        if len(pixels) == batch:
+            encode()
+    encode()
+    labels = torch.stack([torch.from_numpy(resize_labels(x, fine)) for x in whole])
+    if mirrored:
+        labels = torch.cat((labels, labels.flip(-1)))
+    return CachedTokens(torch.cat(features + flipped_features), labels), whole
+
+
+def _fast_run(
+    checkpoint: Checkpoint,
+    train: LabelledImages,
+    val: LabelledImages,
+    classes: ClassLabels,
+    settings: SegmentationSettings,
+    seeds: int,
+    pictures: int,
+) -> SegmentationResult:
+    size = checkpoint.side(settings.crop)
+    rank, world = _rank()
+    mirrored, batch = settings.flip > 0, settings.encode_batch
+    cached, _ = cache_tokens(checkpoint, train, classes, size, batch, mirrored=mirrored)
+    numbers = range(rank, len(val), world)
+    tested, whole = cache_tokens(checkpoint, val, classes, size, batch, numbers=numbers)
+    device = checkpoint.model.device
+    finished = []
+    for seed in range(seeds):
+        head = _new_head(checkpoint, len(classes), settings, seed)
+        batches = _cached_batches(cached, settings, seed, device)
+        train_head(
+            head, batches, settings.fast_iterations, settings, f"probe, seed {seed}"
+        )
+        validation = _Validation(len(classes), pictures)
+        with torch.no_grad():
+            for index, number in enumerate(numbers):
+                feature = tested.features[index : index + 1].to(device).float()
+                validation.add(number, head(feature), whole[index])
+        finished.append(validation.finish())
+    return _result(finished)
+
+
+def _cached_batches(
+    cached: CachedTokens,
+    settings: SegmentationSettings,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches, each image once a pass in an order drawn from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    total, (rank, world) = len(cached.features), _rank()
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < settings.batch:
+            order = torch.cat((order, torch.randperm(total, generator=generator)))
+        picked, order = order[: settings.batch], order[settings.batch :]
+        mine = picked[rank::world]
+        features = cached.features[mine].to(device).float()
+        yield features, cached.labels[mine].to(device)
+
+
+# Full protocol: augmented crops, sliding window
+
+
+class _Crops(Dataset):
+    """Training crops by number; the same number gives the same crop."""
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        classes: ClassLabels,
+        crops: CropSettings,
+        checkpoint: Checkpoint,
+        seed: int,
+        count: int,
+    ) -> None:
+        self.images, self.classes, self.crops = images, classes, crops
+        self.mean, self.std = checkpoint.mean, checkpoint.std
+        self.seed = seed
+        rank, world = _rank()
+        self.numbers = range(rank, count, world)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        number = self.numbers[index]
+        turn, place = divmod(number, len(self.images))
+        order = np.random.default_rng([self.seed, turn]).permutation(len(self.images))
+        picked = int(order[place])
+        random = np.random.default_rng([self.seed, 1 + turn, 1 + place])
+        image, values = self.images.pair(picked)
+        label = self.classes.read(values, self.images.names[picked])
+        pixels, crop = training_crop(image, label, self.crops, random)
+        return normalised(pixels, self.mean, self.std), torch.from_numpy(crop)
+
+
+def _full_run(
+    checkpoint: Checkpoint,
+    train: LabelledImages,
+    val: LabelledImages,
+    classes: ClassLabels,
+    settings: SegmentationSettings,
+    seeds: int,
+    pictures: int,
+) -> SegmentationResult:
+    size = checkpoint.side(settings.crop)
+    crops = CropSettings(size, *_rest(settings.crops))
+    device, (rank, world) = checkpoint.model.device, _rank()
+    heads = []
+    for seed in range(seeds):
+        count = settings.iterations * settings.batch
+        dataset = _Crops(train, classes, crops, checkpoint, seed, count)
+        loader = DataLoader(
+            dataset,
+            batch_size=max(1, settings.batch // world),
+            num_workers=settings.workers,
+        )
+
+        def encoded(loader: DataLoader = loader) -> Iterator[tuple[Tensor, Tensor]]:
+            for pixels, labels in loader:
+                yield checkpoint.feature_map(pixels.to(device)), labels.to(device)
+
+        head = _new_head(checkpoint, len(classes), settings, seed)
+        train_head(
+            head, encoded(), settings.iterations, settings, f"probe, seed {seed}"
+        )
+        heads.append(head)
+    validations = [_Validation(len(classes), pictures) for _ in heads]
+    numbers = range(rank, len(val), world)
+    for number in tqdm(numbers, desc="validation", leave=False, disable=rank > 0):
+        image, values = val.pair(number)
+        label = classes.read(values, val.names[number])
+        for validation, scores in zip(
+            validations,
+            sliding_scores(checkpoint, heads, image, size, settings),
+            strict=True,
+        ):
+            validation.add(number, scores, label)
+    return _result([validation.finish() for validation in validations])
+
+
+def _rest(crops: CropSettings) -> tuple:
+    return crops.scale, crops.max_share, crops.flip, crops.distortion
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Starts of windows that cover a side; the last one ends with it."""
+    if length <= window:
+        return [0]
+    steps = -(-(length - window) // stride) + 1
+    return [min(step * stride, length - window) for step in range(steps)]
+
+
+@torch.no_grad()
+def sliding_scores(
+    checkpoint: Checkpoint,
+    heads: list[LinearHead],
+    image: Image.Image,
+    size: int,
+    settings: SegmentationSettings,
+) -> list[Tensor]:
+    """Class scores of one image, averaged where windows overlap.
+
+    The shorter side is resized to the window's.
+
+    Returns:
+        For each head ``(1, classes, height, width)`` at the resized image's size.
+    """
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    pixels = preprocess(image, (height, width), checkpoint.mean, checkpoint.std)
+    places = [
+        (top, left)
+        for top in window_starts(height, size, settings.stride)
+        for left in window_starts(width, size, settings.stride)
+    ]
+    totals: list[Tensor] = []
+    counts = torch.zeros(1, 1, height, width)
+    for start in range(0, len(places), settings.encode_batch):
+        chunk = places[start : start + settings.encode_batch]
+        windows = [pixels[:, t : t + size, x : x + size] for t, x in chunk]
+        stack = torch.stack(windows).to(checkpoint.model.device)
+        features = checkpoint.feature_map(stack)
+        for index, head in enumerate(heads):
+            scores = _resized(head(features), (size, size)).cpu()
+            if len(totals) == index:
+                totals.append(torch.zeros(1, scores.shape[1], height, width))
+            for (top, left), part in zip(chunk, scores, strict=True):
+                totals[index][0, :, top : top + size, left : left + size] += part
+        for top, left in chunk:
+            counts[..., top : top + size, left : left + size] += 1
+    return [total / counts for total in totals]
