@@ -10,11 +10,11 @@ from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.depth import (
     DepthHead,
     DepthSettings,
+    _measure,
     depth_features,
     evaluate_depth,
     read_depth,
     sig_loss,
-    _measure,
 )
 from unirefiner_hf.evaluation.labelled_images import LabelError, open_pairs
 

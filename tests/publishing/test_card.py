@@ -11,12 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.publishing.conftest import make_record
-from unirefiner_hf.publishing.card import (
-    Evaluation,
-    Measurement,
-    card_from_record,
-    render_card,
-)
+from unirefiner_hf.publishing.card import card_from_record, render_card
 from unirefiner_hf.publishing.run_folder import merge_run
 from unirefiner_hf.resources import PACKAGE, resource_folder
 
@@ -27,20 +22,38 @@ WEIGHTS = {
     "adapter/adapter_model.safetensors": "ab" * 32,
     "model.safetensors": "01" * 32,
 }
-EVALUATION = Evaluation(
-    task="image-segmentation",
-    dataset="Stamp Scenes",
-    split="val",
-    metric="mean_iou",
-    unit="%",
-    refined=Measurement(49.625, 0.5),
-    controls={
-        "base": Measurement(44.0, 0.25),
-        "plain distillation": Measurement(45.5, 0.375),
+EVALUATION = {
+    "task": "image-segmentation",
+    "dataset": "Stamp Scenes",
+    "split": "val",
+    "metric": "mean_iou",
+    "unit": "%",
+    "higher_is_better": True,
+    "value": 49.625,
+    "std": 0.5,
+    "seeds": 3,
+    "n": 160,
+    "register_width": 2,
+    "protocol": "linear probe on frozen tokens",
+    "settings": {"iterations": 100},
+    "controls": {
+        "base": {
+            "value": 44.0,
+            "std": 0.25,
+            "register_width": 0,
+            "difference": 5.625,
+            "interval": [4.5, 6.75],
+        },
+        "plain distillation": {
+            "value": 45.5,
+            "std": None,
+            "register_width": 0,
+            "difference": 4.125,
+            "interval": None,
+        },
     },
-    seeds=3,
-    protocol="linear probe on frozen tokens",
-)
+    "missing_controls": [],
+}
 
 
 def render(pictures=(), native=False, weights=WEIGHTS, evaluations=(), **changes):
@@ -93,9 +106,15 @@ def test_evaluations_become_a_model_index_with_their_controls():
                             "unit": "%",
                             "std": 0.5,
                             "seeds": 3,
+                            "n": 160,
+                            "register_width": 2,
                             "controls": {
-                                "base": {"value": 44.0, "std": 0.25},
-                                "plain distillation": {"value": 45.5, "std": 0.375},
+                                "base": EVALUATION["controls"]["base"],
+                                "plain distillation": {
+                                    "value": 45.5,
+                                    "register_width": 0,
+                                    "difference": 4.125,
+                                },
                             },
                         },
                     }
@@ -106,9 +125,17 @@ def test_evaluations_become_a_model_index_with_their_controls():
     assert header(text)["model-index"] == [expected]
     (result,) = ModelCard(text).data.eval_results
     assert result.metric_value == 49.625 and result.metric_args["std"] == 0.5
-    assert "Stamp Scenes, val: mean_iou in %, linear probe on frozen tokens" in text
-    assert "| plain distillation | 45.50 ± 0.38 |" in text
-    assert "| **this model** | **49.62 ± 0.50** |" in text
+    assert (
+        "Stamp Scenes, val, 160 images: mean_iou in %, linear probe on frozen tokens"
+        in text
+    )
+    assert "| base | 44.00 ± 0.25 | +5.62 [+4.50, +6.75] |" in text
+    assert "| plain distillation | 45.50 | +4.12 |" in text
+    assert "| **this model** | **49.62 ± 0.50** | |" in text
+    assert "Not compared with" not in text
+    lacking = {**EVALUATION, "missing_controls": ["plain distillation"]}
+    text = render(evaluations=[lacking])
+    assert "Not compared with: plain distillation." in text
     assert "Nothing was measured" not in render(
         evaluations=[EVALUATION], spurious_shares=None
     )
@@ -154,6 +181,12 @@ def test_the_run_is_told():
         assert part in text, part
     assert "clean_ratio" not in text
     assert not re.search(r"\{\{|\{%|None", text)
+
+
+def test_the_control_is_not_called_refined():
+    text = render(method__name="plain", model__register_width=0)
+    assert "# tiny-tower-distilled" in text and "plain self-distillation" in text
+    assert "refined by UniRefiner" not in text and "unirefined" not in text
 
 
 def test_without_measurement_it_says_so():

@@ -23,6 +23,7 @@ from tests.publishing.conftest import (
     make_refined,
     pixels,
 )
+from tests.publishing.test_card import EVALUATION
 from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.cli import main
 from unirefiner_hf.images import preprocess
@@ -269,6 +270,20 @@ def test_the_learnable_frame_comes_along(save_run, tmp_path):
     loaded = AutoModel.from_pretrained(merge_run(run, tmp_path / "m", model=str(base)))
     assert torch.equal(loaded.register_patch, model.register_patch)
     torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-5, rtol=0)
+
+
+def test_an_evaluation_comes_along_where_it_fits(save_run, tmp_path):
+    _, run, base = save_run()
+    (run / "merged").mkdir()
+    content = json.dumps({"format": 1, "entries": [EVALUATION]})
+    (run / "merged" / "evaluation.json").write_text(content)
+    folder = merge_run(run, tmp_path / "same", model=str(base))
+    assert (folder / "evaluation.json").read_text() == content
+    assert "Stamp Scenes" in (folder / "README.md").read_text()
+    wider = merge_run(run, tmp_path / "wide", model=str(base), register_width=3)
+    assert "Stamp Scenes" not in (wider / "README.md").read_text()
+    early = merge_run(run / "checkpoint-20", tmp_path / "early", model=str(base))
+    assert "Stamp Scenes" not in (early / "README.md").read_text()
 
 
 def test_a_checkpoint_tells_its_own_step_and_no_final_numbers(save_run, tmp_path):

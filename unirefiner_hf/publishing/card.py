@@ -22,40 +22,6 @@ SHARES = {
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Mean and standard deviation (over probe seeds) of one checkpoint's metric."""
-
-    value: float
-    std: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One metric of the refined model on one data set, and of its controls.
-
-    Attributes:
-        task: as the Hub names tasks, such as ``image-segmentation``.
-        dataset, split: in words, or the data set's Hub id.
-        metric: as the Hub names metrics, such as ``mean_iou``.
-        unit: behind every number, such as ``%``; empty for none.
-        refined: the model the card is of.
-        controls: name -> measurement of what it is compared with.
-        seeds: number of probe seeds.
-        protocol: how it was measured, in a few words.
-    """
-
-    task: str
-    dataset: str
-    split: str
-    metric: str
-    unit: str
-    refined: Measurement
-    controls: Mapping[str, Measurement]
-    seeds: int
-    protocol: str
-
-
-@dataclass(frozen=True)
 class CardData:
     """What a card says; every field comes from the record of a run.
 
@@ -72,7 +38,7 @@ class CardData:
         losses: last logged values; empty for a checkpoint.
         shares: spurious shares before and after; None where they were not measured.
         version: of this package, which is that of its recipes.
-        evaluations: on tasks, with their controls.
+        evaluations: entries of ``evaluation.json``, see `unirefiner_hf.evaluation.results`.
     """
 
     base: str
@@ -89,12 +55,13 @@ class CardData:
     losses: Mapping[str, float]
     shares: Mapping[str, Any] | None
     version: str
-    evaluations: Sequence[Evaluation] = ()
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
         """Name of the refined model."""
-        return f"{self.base.split('/')[-1]}-unirefined"
+        ending = "distilled" if self.recipe["method"] == "plain" else "unirefined"
+        return f"{self.base.split('/')[-1]}-{ending}"
 
     @property
     def base_on_hub(self) -> bool:
@@ -115,7 +82,7 @@ class CardData:
 
 
 def card_from_record(
-    record: Mapping[str, Any], evaluations: Sequence[Evaluation] = ()
+    record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = ()
 ) -> CardData:
     """Read a card's data off a run's record (``run.json``) and its evaluations.
 
@@ -172,7 +139,7 @@ def render_card(
         weights: file beside the card -> its sha256, which `unirefiner verify` compares.
     """
     own = {"base": card.base, "version": card.version, "weights": dict(weights or {})}
-    results = [_eval_result(evaluation) for evaluation in card.evaluations]
+    results = [_eval_result(entry) for entry in card.evaluations]
     metadata = ModelCardData(
         base_model=card.base if card.base_on_hub else None,
         base_model_relation="finetune" if card.base_on_hub else None,
@@ -207,24 +174,16 @@ def render_unfinished_card(base: str, step: int) -> str:
     )
 
 
-def _eval_result(evaluation: Evaluation) -> EvalResult:
+def _eval_result(entry: Mapping[str, Any]) -> EvalResult:
     """An entry of the model-index; the controls stand in the metric's arguments."""
-    name = f"{evaluation.metric} ({evaluation.protocol})"
+    arguments = ("unit", "std", "seeds", "n", "register_width", "controls")
     return EvalResult(
-        task_type=evaluation.task,
-        dataset_type=evaluation.dataset.lower().replace(" ", "-"),
-        dataset_name=evaluation.dataset,
-        dataset_split=evaluation.split,
-        metric_type=evaluation.metric,
-        metric_value=evaluation.refined.value,
-        metric_name=name,
-        metric_args={
-            "unit": evaluation.unit,
-            "std": evaluation.refined.std,
-            "seeds": evaluation.seeds,
-            "controls": {
-                control: {"value": measured.value, "std": measured.std}
-                for control, measured in evaluation.controls.items()
-            },
-        },
+        task_type=entry["task"],
+        dataset_type=entry["dataset"].lower().replace(" ", "-"),
+        dataset_name=entry["dataset"],
+        dataset_split=entry["split"],
+        metric_type=entry["metric"],
+        metric_value=entry["value"],
+        metric_name=f"{entry['metric']} ({entry['protocol']})",
+        metric_args={name: entry[name] for name in arguments},
     )

@@ -51,6 +51,7 @@ def export_refined(
     image_size: int,
     card: CardData,
     images: Mapping[str, Image.Image] | None = None,
+    results: Mapping[str, bytes] | None = None,
     dtype: torch.dtype = torch.float32,
     native: bool = False,
     overwrite: bool = False,
@@ -68,6 +69,7 @@ def export_refined(
         image_processor: of the base; saved so that it resizes to the refined size.
         image_size: side of the images the model was refined on, in pixels.
         images: pictures the card shows, by file name.
+        results: further files that lie beside the weights, by name.
         dtype: of the saved weights; the merge itself is in float32.
         native: save the plain tower, for users who pad by themselves, without frame or
             code of this package.
@@ -107,6 +109,8 @@ def export_refined(
         resized_processor(image_processor, image_size).save_pretrained(draft)
         for name, image in (images or {}).items():
             image.save(draft / name)
+        for name, content in (results or {}).items():
+            (draft / name).write_bytes(content)
         pictures = sorted(images or {})
         digests = weight_digests(draft)
         text = render_card(card, pictures, native=native, weights=digests)

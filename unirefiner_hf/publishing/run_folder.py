@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.utils import logging
 
+from ..evaluation.results import FILE as EVALUATION
+from ..evaluation.results import read_results
 from ..starter import NAME as STARTER
 from ..training.arguments import ModelArguments
 from ..training.base import Base, load_base
@@ -22,6 +25,8 @@ from ..training.trainer import (
 )
 from .card import card_from_record
 from .merge import ADAPTER, SHARD_SIZE, export_refined
+
+logger = logging.get_logger(__name__)
 
 RECORD = "run.json"
 PICTURE = "before_after.png"
@@ -48,11 +53,13 @@ class RunFolder:
             known or measured at the end.
         adapter: folder of the adapter.
         pictures: files the card shows.
+        evaluation: results of `unirefiner evaluate` on the run's merged model, if any.
     """
 
     record: dict[str, Any]
     adapter: Path
     pictures: tuple[Path, ...]
+    evaluation: Path | None = None
 
 
 def read_run(folder: str | Path) -> RunFolder:
@@ -89,7 +96,13 @@ def read_run(folder: str | Path) -> RunFolder:
         record["data"].setdefault("skipped", skipped)
     picture = run / PICTURE
     shown = picture.is_file() and not is_checkpoint
-    return RunFolder(record, adapter, (picture,) if shown else ())
+    measured = run / "merged" / EVALUATION
+    return RunFolder(
+        record,
+        adapter,
+        (picture,) if shown else (),
+        measured if measured.is_file() and not is_checkpoint else None,
+    )
 
 
 def _checkpoints(run: Path) -> str:
@@ -172,13 +185,26 @@ def load_refined(
 
 def export_run(run: RunFolder, base: Base, output: str | Path, **options: Any) -> Path:
     """Merge what `load_refined` gave and write it; options as of `export_refined`."""
+    entries, results = [], {}
+    if run.evaluation is not None:
+        results[EVALUATION] = run.evaluation.read_bytes()
+        entries = read_results(run.evaluation)
+    width = 0 if options.get("native") else base.model.config.register_width
+    other = [entry for entry in entries if entry["register_width"] != width]
+    if other:
+        logger.warning(
+            f"{len(other)} evaluations are not in the card: they were made with another "
+            f"frame than the {width} patches of this model."
+        )
+    entries = [entry for entry in entries if entry["register_width"] == width]
     return export_refined(
         base.model,
         output,
         image_processor=base.processor,
         image_size=base.image_size,
-        card=card_from_record(run.record),
+        card=card_from_record(run.record, entries),
         images={picture.name: Image.open(picture) for picture in run.pictures},
+        results=results,
         **options,
     )
 

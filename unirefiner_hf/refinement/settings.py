@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from ..spurious.settings import FilterSettings, require
 
-
 METHODS = ("unirefiner", "plain")
 
 

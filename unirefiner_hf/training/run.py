@@ -38,8 +38,8 @@ from .base import Base, load_base
 from .callbacks import Snapshots
 from .compiled import compile_layers
 from .data import build_dataset, collate, sample_images
-from .hub_sync import HubSync, fetch_last_checkpoint
 from .float8 import check_float8, leave_float8
+from .hub_sync import HubSync, fetch_last_checkpoint
 from .quantized import check_device
 from .report import compare, figure
 from .trainer import (
