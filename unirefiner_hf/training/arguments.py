@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..modeling.registers import FILLS
 from ..spurious.settings import require
+from .distributed import needs_gloo
 
 BASE_DTYPES = ("auto", "float32", "bfloat16")
 PUBLISHED_BATCH = 16
@@ -242,6 +243,8 @@ class RefineTrainingArguments(TrainingArguments):
                 and torch.cuda.is_available()
                 and torch.cuda.is_bf16_supported()
             )
+        if self.ddp_backend is None and needs_gloo():
+            self.ddp_backend = "gloo"
         super().__post_init__()
 
 

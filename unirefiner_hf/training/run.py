@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..images import default_reference, denormalise, load_rgb, preprocess
+from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..publishing.card import card_from_record
 from ..publishing.merge import export_refined
 from ..refinement.objective import UniRefinerObjective
@@ -35,13 +36,21 @@ from .arguments import (
 from .base import Base, load_base
 from .callbacks import Snapshots
 from .data import build_dataset, collate, sample_images
+from .distributed import (
+    LostProcessError,
+    check_launch,
+    gather_named,
+    load_whole,
+    lost_contact,
+    wait_for_all,
+)
 from .report import compare, figure
 from .trainer import (
+    CheckpointError,
     RefinementTrainer,
     last_checkpoint_step,
     load_adapter,
     read_refiner_state,
-    save_adapter,
 )
 
 logger = logging.get_logger(__name__)
@@ -76,11 +85,16 @@ def refine(
         RunError: the folder holds a run already.
         BaseError: the image size does not fit the tower.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
-        NonFiniteLossError, CheckpointError, ImageError: see there.
+        LostProcessError: another process of the run is gone.
+        LaunchError, NonFiniteLossError, CheckpointError, ImageError: see there.
     """
+    check_launch(args.world_size)
+    _use_one_gpu(args)
     run = Path(str(args.output_dir))
     checkpoint = _checkpoint_to_resume(run, args.resume)
+    wait_for_all()
     set_seed(args.seed)
+    load_whole()
     base = load_base(model_args, bf16=bool(args.bf16))
     mean, std = base.mean, base.std
     size = (base.image_size, base.image_size)
@@ -134,6 +148,9 @@ def refine(
     record["method"]["lazy_channels"] = lazy
     record["training"]["total_batch"] = total_batch
     record["training"]["learning_rate"] = args.learning_rate
+    record["training"]["distributed_type"] = (
+        trainer.accelerator.distributed_type.value
+    )
     record["data"]["images"] = report.total
     if trainer.is_world_process_zero():
         run.mkdir(parents=True, exist_ok=True)
@@ -141,7 +158,14 @@ def refine(
 
     started = time.monotonic()
     with trainer.graceful_stop.watching():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(
+                resume_from_checkpoint=str(checkpoint) if checkpoint else None
+            )
+        except Exception as problem:
+            if isinstance(problem, CheckpointError) or not lost_contact(problem):
+                raise
+            raise _lost(run, trainer, problem) from problem
     if trainer.graceful_stop.received is not None:
         step = last_checkpoint_step(run)
         raise Interrupted(
@@ -149,17 +173,17 @@ def refine(
             "Continue with --resume."
         )
     final_metrics = trainer.final_metrics()
-    if not trainer.is_world_process_zero():
-        return run
-    skipped = {**report.skipped, **trainer.skipped}
+    skipped = {**report.skipped, **gather_named(trainer.skipped)}
     record["data"]["skipped"] = skipped
     record["training"]["steps"] = trainer.state.global_step
     record["training"]["epochs"] = trainer.state.epoch
     record["training"]["seconds"] = round(time.monotonic() - started, 1)
     record["training"]["resumed"] = checkpoint is not None
     record["losses"] = final_metrics
+    record["training"]["wrapper"] = type(trainer.model_wrapped).__name__
     _finish(run, trainer, base, shown, reference, settings, model_args, record)
-    if skipped:
+    wait_for_all()
+    if skipped and trainer.is_world_process_zero():
         logger.warning(
             f"{len(skipped)} images could not be used; {RECORD} names each and why."
         )
@@ -176,15 +200,18 @@ def _finish(
     model_args: ModelArguments,
     record: dict[str, Any],
 ) -> None:
-    """Adapter, comparison, picture, record and the merged checkpoint."""
-    model = trainer.refiner.model.eval()
+    """Adapter, comparison, picture, record and the merged checkpoint.
+
+    Every process takes part in the forward passes, where weights may be split; the first
+    writes.
+    """
+    model: UniRefinerModel = trainer.refiner.model.eval()
     width = trainer.refiner.register_width(base.image_size, base.image_size)
     if model_args.inference_register_width is not None:
         width = model_args.inference_register_width
     model.config.register_width = width
     record["model"]["register_width"] = width
-    (run / "adapter").mkdir(exist_ok=True)
-    save_adapter(model, run / "adapter")
+    trainer.save_adapter(run / "adapter")
     images: dict[str, Image.Image] = {}
     if shown:
         device = trainer.args.device
@@ -192,6 +219,9 @@ def _finish(
         comparison = compare(model, shown, reference.to(device), settings, width, mask)
         record["spurious_shares"] = comparison.shares()
         record["spurious_shares"]["images"] = len(shown)
+    if not trainer.is_world_process_zero():
+        return
+    if shown:
         pictures = [denormalise(pixels, base.mean, base.std) for pixels in shown]
         images["before_after.png"] = figure(comparison, pictures)
         images["before_after.png"].save(run / "before_after.png")
@@ -204,8 +234,9 @@ def _finish(
     }
     write_json(run / "metrics.json", metrics)
     write_json(run / RECORD, {**record, "finished": True})
-    if next(model.parameters()).dtype != torch.float32:
+    if trainer.is_sharded or next(model.parameters()).dtype != torch.float32:
         # The merge is in float32, from the base's own weights.
+        load_whole()
         whole = dataclasses.replace(model_args, base_dtype="float32")
         width = model.config.register_width
         model = load_base(whole).model
@@ -221,6 +252,30 @@ def _finish(
         overwrite=True,
     )
     logger.warning(f"The refined model is in {run / 'merged'}.")
+
+
+def _lost(
+    run: Path, trainer: RefinementTrainer, problem: Exception
+) -> LostProcessError:
+    step = last_checkpoint_step(run)
+    left = "There is no checkpoint yet." if step is None else f"checkpoint-{step} is left."
+    how = "Start again" if step is None else "Continue with --resume"
+    reason = " ".join(str(problem).split())[:200]
+    return LostProcessError(
+        f"Process {trainer.args.process_index} lost contact with another after step "
+        f"{trainer.state.global_step}: it was killed or its machine is gone. {left} {how}, "
+        f"on as many processes. ({reason})"
+    )
+
+
+def _use_one_gpu(args: RefineTrainingArguments) -> None:
+    """One process trains on one GPU; Trainer would split its batches over all it sees."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs, of which this one process uses one: accelerate launch "
+            "--config_file recipes/accelerate/ddp.yaml uses all."
+        )
+        args._n_gpu = 1
 
 
 def _photographs() -> str:
@@ -324,6 +379,8 @@ def _record(
             "schedule": SchedulerType(args.lr_scheduler_type).value,
             "precision": "bfloat16" if args.bf16 else "float32",
             "processes": args.world_size,
+            "batch_per_process": args.train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
             "hardware": _hardware(args.device),
         },
         "versions": {name: _version(name) for name in packages},
