@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -35,7 +36,7 @@ from .arguments import (
 )
 from .base import Base, load_base
 from .callbacks import Snapshots
-from .data import build_dataset, collate, sample_images
+from .data import RefinementStream, build_dataset, collate, sample_images
 from .distributed import (
     LostProcessError,
     check_launch,
@@ -60,7 +61,7 @@ LAZY_IMAGES, LAZY_TOKENS = 64, 128
 
 
 class RunError(ValueError):
-    """The output folder holds a run already."""
+    """The output folder holds a run already, or the length of the run is not known."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -109,6 +110,8 @@ def refine(
         streaming=data_args.streaming,
         max_images=data_args.max_images,
         seed=args.seed,
+        process=args.process_index,
+        processes=args.world_size,
     )
     report = dataset.report
     for name, reason in report.skipped.items():
@@ -130,6 +133,8 @@ def refine(
     total_batch *= args.world_size
     if args.scale_learning_rate:
         args.learning_rate = scaled_learning_rate(args.learning_rate, total_batch)
+    if isinstance(dataset, RefinementStream) and args.max_steps <= 0:
+        args.max_steps = _steps_of_stream(data_args.max_images, total_batch, args)
     trainer = RefinementTrainer(
         model=objective,
         args=args,
@@ -148,9 +153,7 @@ def refine(
     record["method"]["lazy_channels"] = lazy
     record["training"]["total_batch"] = total_batch
     record["training"]["learning_rate"] = args.learning_rate
-    record["training"]["distributed_type"] = (
-        trainer.accelerator.distributed_type.value
-    )
+    record["training"]["distributed_type"] = trainer.accelerator.distributed_type.value
     record["data"]["images"] = report.total
     if trainer.is_world_process_zero():
         run.mkdir(parents=True, exist_ok=True)
@@ -177,6 +180,9 @@ def refine(
     record["data"]["skipped"] = skipped
     record["training"]["steps"] = trainer.state.global_step
     record["training"]["epochs"] = trainer.state.epoch
+    if isinstance(dataset, RefinementStream):
+        seen, images = trainer.state.global_step * total_batch, data_args.max_images
+        record["training"]["epochs"] = seen / images if images else None
     record["training"]["seconds"] = round(time.monotonic() - started, 1)
     record["training"]["resumed"] = checkpoint is not None
     record["losses"] = final_metrics
@@ -258,7 +264,9 @@ def _lost(
     run: Path, trainer: RefinementTrainer, problem: Exception
 ) -> LostProcessError:
     step = last_checkpoint_step(run)
-    left = "There is no checkpoint yet." if step is None else f"checkpoint-{step} is left."
+    left = (
+        "There is no checkpoint yet." if step is None else f"checkpoint-{step} is left."
+    )
     how = "Start again" if step is None else "Continue with --resume"
     reason = " ".join(str(problem).split())[:200]
     return LostProcessError(
@@ -266,6 +274,17 @@ def _lost(
         f"{trainer.state.global_step}: it was killed or its machine is gone. {left} {how}, "
         f"on as many processes. ({reason})"
     )
+
+
+def _steps_of_stream(
+    images: int | None, total_batch: int, args: RefineTrainingArguments
+) -> int:
+    if images is None:
+        raise RunError(
+            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
+            "or max_steps."
+        )
+    return math.ceil(args.num_train_epochs * images / total_batch)
 
 
 def _use_one_gpu(args: RefineTrainingArguments) -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -21,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..refinement.objective import FILTERS, LOSS_TERMS, UniRefinerObjective
 from .callbacks import GracefulStop, RefinementProgress
+from .data import RefinementStream
 from .distributed import (
     batch_seed,
     gather_named,
@@ -113,6 +115,8 @@ class RefinementTrainer(Trainer):
         for entry in inputs.get("skipped", ()):
             name, _, reason = entry.partition(": ")
             self.skipped[name] = reason
+        if isinstance(self.train_dataset, RefinementStream):
+            self.train_dataset.note(inputs["position"])
         self._seed_batch()
         progress = self.state.global_step / max(1, self.state.max_steps)
         outputs = model(pixel_values=inputs["pixel_values"], progress=progress)
@@ -122,6 +126,23 @@ class RefinementTrainer(Trainer):
                 total, count = self._sums.get(name, (0.0, 0))
                 self._sums[name] = (total + outputs[name].detach().float(), count + 1)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; a stream comes shared out already, and knows where it is."""
+        stream = self.train_dataset
+        if not isinstance(stream, RefinementStream):
+            return super().get_train_dataloader()
+        stream.endless = True
+        self.args.ignore_data_skip = True
+        args = self.args
+        return DataLoader(
+            stream,
+            batch_size=args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=min(args.dataloader_num_workers, stream.shards),
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
 
     def _seed_batch(self) -> None:
         step, micro = self._drawn
@@ -324,6 +345,7 @@ class RefinementTrainer(Trainer):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             self._check_shape_of_run(folder)
+            self._resume_stream(folder)
             self.skipped.update(read_refiner_state(folder)["skipped"])
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
             return super()._prepare_for_training(
@@ -371,6 +393,9 @@ class RefinementTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_tree(random_states(), Path(output_dir) / self._rng_file)
+        if isinstance(self.train_dataset, RefinementStream):
+            state = json.dumps(self.train_dataset.state())
+            (Path(output_dir) / self._stream_file).write_text(state + "\n")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -379,6 +404,21 @@ class RefinementTrainer(Trainer):
         # Batches seed themselves: a run on more processes than before lacks nothing.
         if file.is_file():
             restore_random_states(load_tree(file))
+
+    def _resume_stream(self, folder: Path) -> None:
+        if not isinstance(self.train_dataset, RefinementStream):
+            return
+        file = folder / self._stream_file
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder.name} has no {file.name}: it was written without --streaming, or "
+                "by fewer processes. Continue as it was started."
+            )
+        self.train_dataset.resume(json.loads(file.read_text()))
+
+    @property
+    def _stream_file(self) -> str:
+        return f"stream_position_{self.args.process_index}.json"
 
     @property
     def _rng_file(self) -> str:
