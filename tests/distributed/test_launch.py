@@ -1,87 +1,161 @@
-"""`accelerate launch -m unirefiner_hf refine`, one process and two."""
+"""One process and two, in every mode: the same losses, and what a kill leaves.
+
+Everything here starts `accelerate launch` with the files that ship. ZeRO needs DeepSpeed
+and a C++ compiler, which the tests do not do without.
+"""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import random
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.training.conftest import save_images, save_tiny_tower
-
-ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+MODES = ("ddp", "zero2", "zero3")
+WRAPPERS = {
+    "ddp": ("MULTI_CPU", "DistributedDataParallel"),
+    "zero2": ("DEEPSPEED", "DeepSpeedEngine"),
+    "zero3": ("DEEPSPEED", "DeepSpeedEngine"),
+}
 
 
-def launch(options, run, tower, images, batch):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options]
-    command += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    command += ["--main_process_port", free_port()]
-    fields = {
-        "model": tower,
-        "data": images,
-        "output_dir": run,
-        "image_size": 24,
-        "max_steps": 3,
-        "logging_steps": 2,
-        "per_device_train_batch_size": batch,
-        "report_images": 1,
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    }
-    words = [word for key, value in fields.items() for word in (f"--{key}", str(value))]
-    result = subprocess.run(
-        [*command, "-m", "unirefiner_hf", "refine", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        },
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads((run / "run.json").read_text())
-    metrics = json.loads((run / "metrics.json").read_text())
-    return record, metrics
+def history(metrics, name):
+    return [entry[name] for entry in metrics["history"] if name in entry]
+
+
+def adapter(run):
+    return load_file(run.folder / "adapter" / "adapter_model.safetensors")
+
+
+def merged(run):
+    return load_file(run.folder / "merged" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launch")
-    return save_tiny_tower(folder / "tower"), save_images(folder / "images")
+def alone(launch, tmp_path_factory):
+    """One process at the same total batch."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run = launch("single", folder, gradient_accumulation_steps=4)
+    return run, *run.finished()
 
 
-def test_one_process(inputs, tmp_path):
-    record, metrics = launch(["--num_processes", "1"], tmp_path / "run", *inputs, 2)
-    assert record["training"]["processes"] == 1 and metrics["steps"] == 3
+@pytest.fixture(scope="module")
+def together(launch, tmp_path_factory):
+    """An undisturbed run of two processes in each mode, started when asked for."""
+    runs = {}
+
+    def of(mode):
+        if mode not in runs:
+            run = launch(mode, tmp_path_factory.mktemp(mode) / "run")
+            runs[mode] = run, *run.finished()
+        return runs[mode]
+
+    return of
 
 
-def test_two_processes_share_one_run(inputs, tmp_path):
-    options = ["--multi_gpu", "--num_processes", "2"]
-    record, metrics = launch(options, tmp_path / "run", *inputs, 1)
-    assert record["training"]["processes"] == 2
-    assert record["training"]["total_batch"] == 2
-    assert record["training"]["learning_rate"] == pytest.approx(1e-4 * 2 / 16)
-    assert metrics["steps"] == 3 and metrics["losses"]["loss_uni"] > 0
-    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
-    states = sorted(
-        p.name for p in (tmp_path / "run" / "checkpoint-3").glob("random_*")
+def test_one_process_says_so(alone):
+    _, record, metrics = alone
+    training = record["training"]
+    assert training["processes"] == 1 and training["distributed_type"] == "NO"
+    assert training["wrapper"] == "UniRefinerObjective" and metrics["steps"] == 7
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_give_the_losses_of_one(alone, together, mode):
+    lone, lone_record, expected = alone
+    run, record, metrics = together(mode)
+    training = record["training"]
+    assert training["processes"] == 2
+    assert (training["distributed_type"], training["wrapper"]) == WRAPPERS[mode]
+    assert training["total_batch"] == lone_record["training"]["total_batch"] == 4
+    assert training["learning_rate"] == pytest.approx(1e-2 * 4 / 16)
+    for name in ("loss", "learning_rate", "loss_scd", "clean_ratio", "rejected_ah"):
+        assert history(metrics, name) == pytest.approx(
+            history(expected, name), abs=1e-5
+        ), name
+    assert metrics["spurious_shares"]["before"] == pytest.approx(
+        expected["spurious_shares"]["before"]
     )
-    assert states == ["random_state_0.safetensors", "random_state_1.safetensors"]
+    weights, lone_weights = merged(run), merged(lone)
+    assert weights.keys() == lone_weights.keys()
+    for name, value in weights.items():
+        assert torch.allclose(value, lone_weights[name], atol=1e-3), name
+    assert {value.dtype for value in adapter(run).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kill_9_at_any_moment_changes_nothing(launch, together, tmp_path, mode):
+    whole, _, _ = together(mode)
+    run = launch(mode, tmp_path / "run")
+    run.kill_at("checkpoint-2", random.random())
+    run = launch(mode, tmp_path / "run", resume="true")
+    record, _ = run.finished()
+    assert record["training"]["resumed"] and record["training"]["processes"] == 2
+    for name, value in adapter(whole).items():
+        assert torch.equal(adapter(run)[name], value), name
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
+    launch, together, tmp_path
+):
+    run = launch("ddp", tmp_path / "run", fault="term:1:2")
+    assert run.wait() != 0
+    assert "Stopped by SIGTERM; checkpoint-3 was left" in run.text()
+    run = launch("ddp", tmp_path / "run", resume="true")
+    run.finished()
+    for name, value in adapter(together("ddp")[0]).items():
+        assert torch.equal(adapter(run)[name], value), name
+
+
+def test_a_dead_process_ends_the_run_and_says_how_to_go_on(launch, tmp_path):
+    run = launch("ddp", tmp_path / "run", fault="kill:1:3")
+    assert run.wait() != 0
+    assert "lost contact" in run.text() and "checkpoint-2 is left" in run.text()
+    assert not (tmp_path / "run" / "merged").exists()
+
+
+@pytest.mark.parametrize("fault", ["nan:1:2", "full:0:4"])
+def test_what_stops_one_process_stops_all(launch, tmp_path, fault):
+    run = launch("ddp", tmp_path / "run", fault=fault)
+    assert run.wait() != 0
+    text = run.log.read_text()
+    assert "checkpoint-2" in text
+    if fault.startswith("nan"):
+        assert "a loss of another process is not finite" in text
+    else:
+        assert "No space left" in text and "another process failed" in text
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"checkpoint-2", "run.json"}
+
+
+def test_bad_images_of_every_process_are_named(launch, inputs, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(inputs[1], images)
+    for number in (1, 4, 7, 10):
+        path = images / f"{number:02}.png"
+        path.write_bytes(path.read_bytes()[:-30])
+    run = launch("ddp", tmp_path / "run", data=images, max_steps=3)
+    record, _ = run.finished()
+    assert set(record["data"]["skipped"]) == {"01.png", "04.png", "07.png", "10.png"}
+
+
+def test_a_copy_that_runs_alone_is_refused(launch, tmp_path, monkeypatch):
+    """Two processes that do not know of each other must not train side by side."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    from unirefiner_hf.training.distributed import LaunchError, check_launch
+
+    with pytest.raises(LaunchError, match="started 2 processes.*of 1.*train alone"):
+        check_launch(1)
+    check_launch(2)
+
+
+def test_a_checkpoint_of_another_launch_is_refused(launch, together, tmp_path):
+    shutil.copytree(together("zero2")[0].folder, tmp_path / "run")
+    run = launch("ddp", tmp_path / "run", resume="true", max_steps=9)
+    assert run.wait() != 0
+    assert "written with state DEEPSPEED ZeRO-2" in run.text()
+    state = json.loads(
+        (tmp_path / "run" / "checkpoint-7" / "refiner_state.json").read_text()
+    )
+    assert state["processes"] == 2 and state["total_batch"] == 4

@@ -1,10 +1,11 @@
 """Training images from folders, tables and streams."""
 
+import json
+
 import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -154,14 +155,89 @@ def test_batches_pass_through_accelerate(folder, workers):
     assert sum(len(batch["skipped"]) for batch in batches) == 1
 
 
-def test_a_stream_is_shared_out_without_duplicates(tmp_path, table):
-    for part in range(2):
-        table.shard(2, part).to_parquet(tmp_path / f"part-{part}.parquet")
-    seen = []
-    for rank in range(2):
-        stream = build_dataset(str(tmp_path), **PIXELS, streaming=True)
-        seen += map(value_of, split_dataset_by_node(stream, rank, 2))
-    assert sorted(seen) == [0, 10, 20, 30, 40, 50]
+def split_into_files(folder, table, files):
+    for part in range(files):
+        table.shard(files, part).to_parquet(folder / f"part-{part}.parquet")
+    return str(folder)
+
+
+def stream_of(data, **options):
+    return build_dataset(data, **PIXELS, streaming=True, **options)
+
+
+@pytest.mark.parametrize("files,picked", [(2, None), (3, None), (2, 4), (1, 6)])
+def test_a_stream_is_shared_out_without_duplicates(tmp_path, table, files, picked):
+    data = split_into_files(tmp_path, table, files)
+    alone = sorted(map(value_of, stream_of(data, max_images=picked)))
+    shares = [
+        list(map(value_of, stream_of(data, max_images=picked, process=n, processes=2)))
+        for n in range(2)
+    ]
+    assert sorted(shares[0] + shares[1]) == alone
+    assert len(set(alone)) == len(alone) == (picked or 6)
+    assert len(shares[0]) == len(shares[1])
+
+
+def test_the_images_picked_of_a_stream_follow_the_seed(tmp_path, table):
+    data = split_into_files(tmp_path, table, 2)
+
+    def picked(seed):
+        return sorted(map(value_of, stream_of(data, max_images=3, seed=seed)))
+
+    assert picked(0) == picked(0)
+    assert any(picked(seed) != picked(0) for seed in range(1, 6))
+
+
+def test_every_process_sees_the_same_first_images(tmp_path, table):
+    data = split_into_files(tmp_path, table, 2)
+    first = [
+        torch.stack(sample_images(stream_of(data, process=n, processes=2), 3))
+        for n in range(2)
+    ]
+    assert torch.equal(*first)
+
+
+@pytest.mark.parametrize("picked", [None, 5])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_in_the_middle(tmp_path, table, workers, picked):
+    """From any batch, over the end of a pass, with what workers read ahead not lost."""
+    rows = [{"image": {"bytes": b"broken", "path": None}, "label": 0}]
+    bad = datasets.Dataset.from_list(rows, features=table.features)
+    data = split_into_files(
+        tmp_path, datasets.concatenate_datasets([table, bad, table]), 2
+    )
+
+    def read(stream, batches):
+        stream.endless = True
+        loader = DataLoader(
+            stream, batch_size=2, collate_fn=collate, num_workers=workers
+        )
+        seen = []
+        for batch, _ in zip(loader, range(batches), strict=False):
+            stream.note(batch["position"])
+            seen.append(batch["pixel_values"])
+        return torch.stack(seen)
+
+    whole = read(stream_of(data, max_images=picked), 11)
+    for stop in (1, 5, 8):
+        before, after = (
+            stream_of(data, max_images=picked),
+            stream_of(data, max_images=picked),
+        )
+        read(before, stop)
+        after.resume(json.loads(json.dumps(before.state())))
+        assert torch.equal(read(after, 11 - stop), whole[stop:]), stop
+
+
+def test_an_endless_stream_without_a_usable_image_ends(tmp_path, table):
+    rows = [{"image": {"bytes": b"broken", "path": None}, "label": 0}] * 2
+    datasets.Dataset.from_list(rows, features=table.features).to_parquet(
+        tmp_path / "bad.parquet"
+    )
+    stream = stream_of(str(tmp_path / "bad.parquet"))
+    stream.endless = True
+    with pytest.raises(ImageError, match="no image of the stream can be used.*number"):
+        next(iter(stream))
 
 
 def test_samples_are_spread_over_the_data(folder):

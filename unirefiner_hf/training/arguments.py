@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..modeling.registers import FILLS
 from ..spurious.settings import require
+from .distributed import needs_gloo
 
 QUANTIZATIONS = ("nf4", "int8")
 BASE_DTYPES = ("auto", "float32", "bfloat16")
@@ -310,6 +311,8 @@ class RefineTrainingArguments(TrainingArguments):
         if self.dataloader_num_workers is None:
             gpu = not self.use_cpu and torch.cuda.is_available()
             self.dataloader_num_workers = min(4, os.cpu_count() or 1) if gpu else 0
+        if self.ddp_backend is None and needs_gloo():
+            self.ddp_backend = "gloo"
         super().__post_init__()
 
 

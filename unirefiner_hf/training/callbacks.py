@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..visualize import PcaBasis, fit_pca, pca_rgb
+from .distributed import is_distributed
 
 logger = logging.get_logger(__name__)
 
@@ -133,13 +134,19 @@ class Snapshots(TrainerCallback):
 class GracefulStop(TrainerCallback):
     """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
 
-    A second Ctrl-C ends it at once.
+    One process that gets the signal is enough: all stop after the same step. In a run of
+    one process a second Ctrl-C ends it at once; with several, launchers pass signals on
+    once more, so repeated ones change nothing.
+
+    Args:
+        highest: the highest of all processes' numbers.
 
     Attributes:
         received: name of the signal that ended the run, None if none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, highest: Callable[[int], int] = int) -> None:
+        self.highest = highest
         self.received: str | None = None
 
     @contextmanager
@@ -150,7 +157,9 @@ class GracefulStop(TrainerCallback):
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self.received is not None:
-                raise KeyboardInterrupt
+                if number == signal.SIGINT and not is_distributed():
+                    raise KeyboardInterrupt
+                return
             self.received = signal.Signals(number).name
             logger.warning(
                 f"{self.received}: stopping after this step, a checkpoint will be left."
@@ -171,7 +180,10 @@ class GracefulStop(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> TrainerControl:
-        if self.received is not None:
+        own = 0 if self.received is None else signal.Signals[self.received].value
+        number = self.highest(own)
+        if number:
+            self.received = signal.Signals(number).name
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..images import MIN_SIDE, ImageError, list_images, load_rgb, preprocess
 
 Sample = dict[str, Any]
+SHUFFLE_BUFFER = 1000
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
@@ -91,11 +94,146 @@ class RefinementImages(Dataset):
         raise ImageError(f"None of the {len(self)} images can be read: {skipped[0]}")
 
 
+@dataclass(frozen=True)
+class StreamPosition:
+    """How far one reader of a stream is.
+
+    Attributes:
+        reader: number of the reader among those of its process.
+        epoch: passes over the stream that are complete.
+        row: rows of this pass that were read, unusable ones included.
+    """
+
+    reader: int
+    epoch: int
+    row: int
+
+
+class RefinementStream(IterableDataset):
+    """One process's share of a shuffled stream; unusable images are passed over.
+
+    A data set is shared out by its files where their number divides by the processes,
+    else image by image. A pick of `max_images` is the same for any number of processes:
+    each reads it all, and decodes every n-th image.
+
+    Args:
+        table: the shuffled stream.
+        endless: start over at the end, in another order unless `max_images` is set.
+            Processes then never run out of step, however their shares end.
+
+    Attributes:
+        shards: files the share is made of; more readers than that have nothing to do.
+    """
+
+    def __init__(
+        self,
+        table: datasets.IterableDataset,
+        image_column: str,
+        to_pixels: ToPixels,
+        report: DataReport,
+        max_images: int | None = None,
+        process: int = 0,
+        processes: int = 1,
+        endless: bool = False,
+    ) -> None:
+        if max_images is not None:
+            table = table.take(max_images)
+        self.whole = self.table = table
+        self.share = (process, processes)
+        if max_images is None and processes > 1:
+            self.table = split_dataset_by_node(table, process, processes)
+            self.share = (0, 1)
+        divides = table.num_shards % processes == 0 and max_images is None
+        self.shards = table.num_shards // processes if divides else table.num_shards
+        self.image_column = image_column
+        self.to_pixels = to_pixels
+        self.report = report
+        self.fixed = max_images is not None
+        self.endless = endless
+        self.taken = 0
+        self.positions: dict[int, StreamPosition] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Where the process is in the stream, as plain numbers."""
+        rows = {str(p.reader): [p.epoch, p.row] for p in self.positions.values()}
+        return {"taken": self.taken, "rows": rows}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; rows before it are read, not decoded."""
+        self.taken = state["taken"]
+        self.positions = {
+            int(reader): StreamPosition(int(reader), epoch, row)
+            for reader, (epoch, row) in state["rows"].items()
+        }
+
+    def note(self, position: StreamPosition) -> None:
+        """A batch that ends at this position has been trained on."""
+        self.taken += 1
+        self.positions[position.reader] = position
+
+    def first(self, count: int) -> list[Tensor]:
+        """Pixels of the stream's first images, the same on every process."""
+        rows = (self._decode(row, n) for n, row in enumerate(self.whole))
+        found = (pixels for pixels in rows if isinstance(pixels, Tensor))
+        return list(islice(found, count))
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        readers = 1 if info is None else info.num_workers
+        # Loaders ask their workers in turn, and start with the first again after a
+        # resume: it then reads for the one whose turn it is.
+        reader = (self.taken + (0 if info is None else info.id)) % readers
+        if info is not None:
+            object.__setattr__(info, "id", reader)  # datasets shares out by it
+        start = self.positions.get(reader, StreamPosition(reader, 0, 0))
+        epoch, begin = start.epoch, start.row
+        skipped: list[str] = []
+        process, processes = self.share
+        while True:
+            if not self.fixed:
+                self.table.set_epoch(epoch)
+            usable = 0
+            for number, row in enumerate(self.table):
+                if number < begin or number % processes != process:
+                    continue
+                pixels = self._decode(row, number)
+                if isinstance(pixels, str):
+                    skipped.append(pixels)
+                    continue
+                usable += 1
+                position = StreamPosition(reader, epoch, number + 1)
+                yield {
+                    "pixel_values": pixels,
+                    "skipped": skipped,
+                    "position": position,
+                }
+                skipped = []
+            if not self.endless:
+                return
+            if not usable and not begin:
+                reason = skipped[0] if skipped else "it is empty"
+                raise ImageError(
+                    f"{self.report.source}: no image of the stream can be used: {reason}"
+                )
+            epoch, begin = epoch + 1, 0
+
+    def _decode(self, row: dict[str, Any], number: int) -> Tensor | str:
+        """The pixels, or what is wrong with them."""
+        name = f"{self.report.source} (number {number} of the stream)"
+        try:
+            return self.to_pixels(source_of(row[self.image_column]), name)
+        except ImageError as problem:
+            return str(problem)
+
+
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Stack the pixels; join the names of what was skipped."""
+    """Stack the pixels; join the names of what was skipped; where a stream's batch ends."""
     pixels = [torch.as_tensor(sample["pixel_values"]) for sample in samples]
     skipped = [entry for sample in samples for entry in sample["skipped"]]
-    return {"pixel_values": torch.stack(pixels), "skipped": skipped}
+    batch = {"pixel_values": torch.stack(pixels), "skipped": skipped}
+    if "position" in samples[-1]:
+        batch["position"] = samples[-1]["position"]
+    return batch
 
 
 def build_dataset(
@@ -110,14 +248,19 @@ def build_dataset(
     streaming: bool = False,
     max_images: int | None = None,
     seed: int = 0,
-) -> RefinementImages | datasets.IterableDataset:
+    process: int = 0,
+    processes: int = 1,
+) -> RefinementImages | RefinementStream:
     """Open the images `data` names.
 
     Args:
         data: an image folder, a parquet, arrow or WebDataset file or a folder of them, a
             folder saved by `datasets`, or a Hub id.
         image_size: height and width in pixels.
-        max_images: a random subset of this size, the same for the same seed.
+        max_images: a random subset of this size, the same for the same seed. Every
+            subset is equally likely; of a stream it is drawn on the way, from up to ten
+            files at once and a buffer of `SHUFFLE_BUFFER` images.
+        process, processes: whose share of a stream; images are shared out by samplers.
 
     Returns:
         The images, each ``{"pixel_values": (3, height, width), "skipped": [names]}``, with
@@ -142,7 +285,11 @@ def build_dataset(
     if table.features is not None:
         table = table.cast_column(image_column, datasets.Image(decode=False))
     if streaming:
-        return _open_stream(table, data, image_column, to_pixels, max_images, seed)
+        table = table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        report = DataReport(_short(data), max_images)
+        return RefinementStream(
+            table, image_column, to_pixels, report, max_images, process, processes
+        )
     table = table.select_columns([image_column])
     if max_images is not None:
         table = table.select(_subset(len(table), max_images, seed))
@@ -242,45 +389,6 @@ def load_table(
         ) from None
 
 
-def _open_stream(
-    table: Any,
-    data: str,
-    image_column: str,
-    to_pixels: ToPixels,
-    max_images: int | None,
-    seed: int,
-) -> datasets.IterableDataset:
-    report = DataReport(_short(data), max_images)
-    table = table.shuffle(seed=seed, buffer_size=1000)
-    if max_images is not None:
-        table = table.take(max_images)
-    pending: list[str] = []
-
-    def convert(
-        batch: dict[str, list[Any]], indices: list[int]
-    ) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {"pixel_values": [], "skipped": []}
-        for value, number in zip(batch[image_column], indices, strict=True):
-            try:
-                pixels = to_pixels(
-                    source_of(value), f"{report.source} (number {number} of the stream)"
-                )
-            except ImageError as problem:
-                pending.append(str(problem))
-                continue
-            out["pixel_values"].append(pixels.numpy())
-            out["skipped"].append(list(pending))
-            pending.clear()
-        return out
-
-    columns = table.column_names or [image_column]
-    stream = table.map(
-        convert, batched=True, batch_size=1, with_indices=True, remove_columns=columns
-    )
-    stream.report = report
-    return stream
-
-
 def source_of(value: Any) -> Any:
     """What `load_rgb` takes of a cell: bytes, a path, an image or an array."""
     if isinstance(value, dict):
@@ -303,11 +411,14 @@ def _subset(total: int, count: int, seed: int) -> list[int]:
 
 
 def sample_images(
-    dataset: RefinementImages | datasets.IterableDataset, count: int
+    dataset: RefinementImages | RefinementStream, count: int
 ) -> list[Tensor]:
-    """Pixels of some images: evenly spaced in the data set, the first of a stream."""
+    """Pixels of some images: evenly spaced in the data set, the first of a stream.
+
+    The same on every process.
+    """
     if isinstance(dataset, RefinementImages):
         count = min(count, len(dataset))
         numbers = [index * len(dataset) // count for index in range(count)]
         return [dataset[number]["pixel_values"] for number in numbers]
-    return [torch.as_tensor(sample["pixel_values"]) for sample in dataset.take(count)]
+    return dataset.first(count)

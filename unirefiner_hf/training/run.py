@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -19,6 +20,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..images import default_reference, denormalise, load_rgb, preprocess
+from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..publishing.card import card_from_record
 from ..publishing.merge import export_refined
 from ..publishing.push import push_run
@@ -37,17 +39,25 @@ from .arguments import (
 from .base import Base, load_base
 from .callbacks import Snapshots
 from .compiled import compile_layers
-from .data import build_dataset, collate, sample_images
+from .data import RefinementStream, build_dataset, collate, sample_images
+from .distributed import (
+    LostProcessError,
+    check_launch,
+    gather_named,
+    load_whole,
+    lost_contact,
+    wait_for_all,
+)
 from .float8 import check_float8, leave_float8
 from .hub_sync import HubSync, fetch_last_checkpoint
 from .quantized import check_device
 from .report import compare, figure
 from .trainer import (
+    CheckpointError,
     RefinementTrainer,
     last_checkpoint_step,
     load_adapter,
     read_refiner_state,
-    save_adapter,
 )
 
 logger = logging.get_logger(__name__)
@@ -84,14 +94,19 @@ def refine(
             licence.
         BaseError: the image size does not fit the tower.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
-        NonFiniteLossError, CheckpointError, ImageError: see there.
+        LostProcessError: another process of the run is gone.
+        LaunchError, NonFiniteLossError, CheckpointError, ImageError: see there.
     """
+    check_launch(args.world_size)
+    _use_one_gpu(args)
     run = Path(str(args.output_dir))
     checkpoint = _checkpoint_to_resume(run, args)
+    wait_for_all()
     check_device(model_args.base_quantization, args.device)
     if model_args.teacher_float8:
         check_float8(args.device)
     set_seed(args.seed)
+    load_whole()
     base = load_base(model_args, bf16=bool(args.bf16))
     if args.push_to_hub and base.license is None:
         raise RunError(
@@ -111,6 +126,8 @@ def refine(
         streaming=data_args.streaming,
         max_images=data_args.max_images,
         seed=args.seed,
+        process=args.process_index,
+        processes=args.world_size,
     )
     report = dataset.report
     for name, reason in report.skipped.items():
@@ -134,6 +151,8 @@ def refine(
     total_batch *= args.world_size
     if args.scale_learning_rate:
         args.learning_rate = scaled_learning_rate(args.learning_rate, total_batch)
+    if isinstance(dataset, RefinementStream) and args.max_steps <= 0:
+        args.max_steps = _steps_of_stream(data_args.max_images, total_batch, args)
     trainer = RefinementTrainer(
         model=objective,
         args=args,
@@ -154,6 +173,7 @@ def refine(
     record["method"]["lazy_channels"] = lazy
     record["training"]["total_batch"] = total_batch
     record["training"]["learning_rate"] = args.learning_rate
+    record["training"]["distributed_type"] = trainer.accelerator.distributed_type.value
     record["data"]["images"] = report.total
     if trainer.is_world_process_zero():
         run.mkdir(parents=True, exist_ok=True)
@@ -161,7 +181,14 @@ def refine(
 
     started = time.monotonic()
     with trainer.graceful_stop.watching():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(
+                resume_from_checkpoint=str(checkpoint) if checkpoint else None
+            )
+        except Exception as problem:
+            if isinstance(problem, CheckpointError) or not lost_contact(problem):
+                raise
+            raise _lost(run, trainer, problem) from problem
     if trainer.graceful_stop.received is not None:
         step = last_checkpoint_step(run)
         raise Interrupted(
@@ -169,16 +196,21 @@ def refine(
             "Continue with --resume."
         )
     final_metrics = trainer.final_metrics()
-    if not trainer.is_world_process_zero():
-        return run
-    skipped = {**report.skipped, **trainer.skipped}
+    skipped = {**report.skipped, **gather_named(trainer.skipped)}
     record["data"]["skipped"] = skipped
     record["training"]["steps"] = trainer.state.global_step
     record["training"]["epochs"] = trainer.state.epoch
+    if isinstance(dataset, RefinementStream):
+        seen, images = trainer.state.global_step * total_batch, data_args.max_images
+        record["training"]["epochs"] = seen / images if images else None
     record["training"]["seconds"] = round(time.monotonic() - started, 1)
     record["training"]["resumed"] = checkpoint is not None
     record["losses"] = final_metrics
+    record["training"]["wrapper"] = type(trainer.model_wrapped).__name__
     _finish(run, trainer, base, shown, reference, settings, model_args, record)
+    wait_for_all()
+    if not trainer.is_world_process_zero():
+        return run
     if args.push_to_hub:
         _publish(run, model_args, args)
     if skipped:
@@ -198,16 +230,19 @@ def _finish(
     model_args: ModelArguments,
     record: dict[str, Any],
 ) -> None:
-    """Adapter, comparison, picture, record and the merged checkpoint."""
-    model = trainer.refiner.model.eval()
+    """Adapter, comparison, picture, record and the merged checkpoint.
+
+    Every process takes part in the forward passes, where weights may be split; the first
+    writes.
+    """
+    model: UniRefinerModel = trainer.refiner.model.eval()
     leave_float8(model)
     width = trainer.refiner.register_width(base.image_size, base.image_size)
     if model_args.inference_register_width is not None:
         width = model_args.inference_register_width
     model.config.register_width = width
     record["model"]["register_width"] = width
-    (run / "adapter").mkdir(exist_ok=True)
-    save_adapter(model, run / "adapter")
+    trainer.save_adapter(run / "adapter")
     images: dict[str, Image.Image] = {}
     if shown:
         device = trainer.args.device
@@ -215,6 +250,9 @@ def _finish(
         comparison = compare(model, shown, reference.to(device), settings, width, mask)
         record["spurious_shares"] = comparison.shares()
         record["spurious_shares"]["images"] = len(shown)
+    if not trainer.is_world_process_zero():
+        return
+    if shown:
         pictures = [denormalise(pixels, base.mean, base.std) for pixels in shown]
         images["before_after.png"] = figure(comparison, pictures)
         images["before_after.png"].save(run / "before_after.png")
@@ -228,8 +266,10 @@ def _finish(
     write_json(run / "metrics.json", metrics)
     write_json(run / RECORD, {**record, "finished": True})
     quantized = model_args.base_quantization is not None
-    if quantized or next(model.parameters()).dtype != torch.float32:
+    whole_weights = not quantized and not trainer.is_sharded
+    if not whole_weights or next(model.parameters()).dtype != torch.float32:
         # The merge is in float32, from the base's own weights.
+        load_whole()
         whole = dataclasses.replace(
             model_args, base_dtype="float32", base_quantization=None
         )
@@ -261,6 +301,43 @@ def _publish(
         token=args.hub_token,
     )
     logger.warning(f"The refined model is at {pushed.url}.")
+
+
+def _lost(
+    run: Path, trainer: RefinementTrainer, problem: Exception
+) -> LostProcessError:
+    step = last_checkpoint_step(run)
+    left = (
+        "There is no checkpoint yet." if step is None else f"checkpoint-{step} is left."
+    )
+    how = "Start again" if step is None else "Continue with --resume"
+    reason = " ".join(str(problem).split())[:200]
+    return LostProcessError(
+        f"Process {trainer.args.process_index} lost contact with another after step "
+        f"{trainer.state.global_step}: it was killed or its machine is gone. {left} {how}, "
+        f"on as many processes. ({reason})"
+    )
+
+
+def _steps_of_stream(
+    images: int | None, total_batch: int, args: RefineTrainingArguments
+) -> int:
+    if images is None:
+        raise RunError(
+            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
+            "or max_steps."
+        )
+    return math.ceil(args.num_train_epochs * images / total_batch)
+
+
+def _use_one_gpu(args: RefineTrainingArguments) -> None:
+    """One process trains on one GPU; Trainer would split its batches over all it sees."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs, of which this one process uses one: accelerate launch "
+            "--config_file recipes/accelerate/ddp.yaml uses all."
+        )
+        args._n_gpu = 1
 
 
 def _photographs() -> str:
@@ -372,6 +449,8 @@ def _record(
             "base_quantization": model_args.base_quantization,
             "teacher_float8": model_args.teacher_float8,
             "processes": args.world_size,
+            "batch_per_process": args.train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
             "hardware": _hardware(args.device),
         },
         "versions": {name: _version(name) for name in packages},

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -22,6 +22,15 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..refinement.objective import FILTERS, LOSS_TERMS, UniRefinerObjective
 from .callbacks import GracefulStop, RefinementProgress
+from .data import RefinementStream
+from .distributed import (
+    batch_seed,
+    gather_named,
+    highest,
+    is_distributed,
+    wait_for_all,
+    whole_trainable,
+)
 from .state_tree import load_tree, random_states, restore_random_states, save_tree
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -53,8 +62,10 @@ class RefinementTrainer(Trainer):
       renamed, so a kill during saving leaves the one before;
     - loss terms, clean ratio and the share each filter rejects are averaged over
       steps and processes and logged with the loss;
-    - a loss that is not finite stops the run before the weights change;
-    - images the data set had to skip are counted in `skipped`.
+    - a loss that is not finite in one process stops all before the weights change;
+    - whatever a batch draws (crops, strips, dropout) follows from the seed and the
+      batch's place in the run, so it does not matter which process computes it;
+    - images the data set had to skip are counted in `skipped`, in every process.
 
     Args:
         lazy_channels: channels left out of cosines, kept in every checkpoint.
@@ -69,7 +80,8 @@ class RefinementTrainer(Trainer):
         self.skipped: dict[str, str] = {}
         self.last_metrics: dict[str, float] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
-        self.graceful_stop = GracefulStop()
+        self._drawn = (-1, 0)
+        self.graceful_stop = GracefulStop(lambda n: highest(n, self.args.device))
         self.add_callback(self.graceful_stop)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -103,6 +115,9 @@ class RefinementTrainer(Trainer):
         for entry in inputs.get("skipped", ()):
             name, _, reason = entry.partition(": ")
             self.skipped[name] = reason
+        if isinstance(self.train_dataset, RefinementStream):
+            self.train_dataset.note(inputs["position"])
+        self._seed_batch()
         progress = self.state.global_step / max(1, self.state.max_steps)
         outputs = model(pixel_values=inputs["pixel_values"], progress=progress)
         self._stop_unless_finite(outputs)
@@ -112,11 +127,43 @@ class RefinementTrainer(Trainer):
                 self._sums[name] = (total + outputs[name].detach().float(), count + 1)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; a stream comes shared out already, and knows where it is."""
+        stream = self.train_dataset
+        if not isinstance(stream, RefinementStream):
+            return super().get_train_dataloader()
+        stream.endless = True
+        self.args.ignore_data_skip = True
+        args = self.args
+        return DataLoader(
+            stream,
+            batch_size=args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=min(args.dataloader_num_workers, stream.shards),
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def _seed_batch(self) -> None:
+        step, micro = self._drawn
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._drawn = self.state.global_step, micro
+        args = self.args
+        place = self.state.global_step * args.gradient_accumulation_steps + micro
+        place = place * args.world_size + args.process_index
+        torch.manual_seed(batch_seed(args.seed, place))
+
     def _stop_unless_finite(self, outputs: dict[str, Tensor]) -> None:
         names = [name for name in ("loss", *LOSS_TERMS) if name in outputs]
         values = torch.stack([outputs[name].detach().float() for name in names])
-        if torch.isfinite(values).all():
+        finite = bool(torch.isfinite(values).all())
+        if not highest(int(not finite), values.device):
             return
+        if finite:
+            raise NonFiniteLossError(
+                f"Step {self.state.global_step + 1}: a loss of another process is not "
+                f"finite. The weights were not updated. {self._last_good()}"
+            )
         broken = [
             f"{name} = {value}"
             for name, value in zip(names, values.tolist(), strict=True)
@@ -182,22 +229,32 @@ class RefinementTrainer(Trainer):
         run = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging = run / STAGING
-        self._wait()
+        wait_for_all()
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self._wait()
+        wait_for_all()
+        self.skipped = gather_named(self.skipped)
         self._is_staging = True
+        problem: Exception | None = None
         try:
             super()._save_checkpoint(model, trial)
-        except Exception as problem:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(
-                f"{name} could not be written: {problem}. {self._last_good()} Free space in "
-                "the output folder, then continue with --resume."
-            ) from problem
+        except Exception as error:
+            problem = error
         finally:
             self._is_staging = False
-        self._wait()
+        # An engine's own saving waits for all processes: there, one that failed ends the
+        # run by itself.
+        failed = problem is not None
+        if not (failed and self.is_sharded):
+            failed = bool(highest(int(failed), self.args.device))
+        if failed:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise CheckpointError(
+                f"{name} could not be written: {problem or 'another process failed'}. "
+                f"{self._last_good()} Free space in the output folder, then continue with "
+                "--resume."
+            ) from problem
         if self.args.should_save:
             shutil.rmtree(run / name, ignore_errors=True)
             os.replace(staging / name, run / name)
@@ -205,11 +262,35 @@ class RefinementTrainer(Trainer):
             rotate_checkpoints(
                 output_dir=str(run), save_total_limit=self.args.save_total_limit
             )
-        self._wait()
+        wait_for_all()
 
-    def _wait(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+    @property
+    def is_sharded(self) -> bool:
+        """Whether DeepSpeed or FSDP holds the model's or the optimiser's state."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the trained adapter as PEFT does; to be called on every process."""
+        weights: dict[str, Tensor] | None = None
+        if self.is_deepspeed_enabled:
+            weights = whole_trainable(self.refiner)
+        elif self.is_fsdp_enabled:
+            weights = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = None if weights is None else _below(weights, "model.")
+            save_adapter(self.refiner.model, folder, weights)
+
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
+        """As in `Trainer`; of the weights, only the adapter is gathered and written."""
+        if not self.is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir) if output_dir else self.folder
+        self.save_adapter(folder)
+        self._save_refiner_state(folder)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
@@ -218,56 +299,136 @@ class RefinementTrainer(Trainer):
             return
         folder = Path(output_dir) if output_dir else self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        if state_dict is not None:
-            state_dict = _below(state_dict, "model.")
-        save_adapter(self.refiner.model, folder, state_dict)
-        state = {"lazy_channels": self.lazy_channels, "skipped": self.skipped}
+        save_adapter(self.refiner.model, folder)
+        self._save_refiner_state(folder)
+
+    def _save_refiner_state(self, folder: Path) -> None:
+        if not self.args.should_save:
+            return
+        state = {
+            "lazy_channels": self.lazy_channels,
+            "skipped": self.skipped,
+            **self._shape_of_run(),
+        }
         (folder / REFINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def _shape_of_run(self) -> dict[str, Any]:
+        """What a checkpoint's state depends on beside the recipe."""
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        kind = self.accelerator.distributed_type.value if self.is_sharded else "whole"
+        return {
+            "total_batch": batch * args.world_size,
+            "processes": args.world_size,
+            "state": f"{kind} ZeRO-{self._zero_stage}" if self._zero_stage else kind,
+        }
+
+    @property
+    def _zero_stage(self) -> int:
+        if not self.is_deepspeed_enabled:
+            return 0
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage)
+
+    def _check_shape_of_run(self, folder: Path) -> None:
+        saved, now = read_refiner_state(folder), self._shape_of_run()
+        sharded = self.is_sharded or saved.get("state", "whole") != "whole"
+        for name in ("total_batch", "state", "processes"):
+            before = saved.get(name, now[name])
+            if before != now[name] and (sharded or name != "processes"):
+                raise CheckpointError(
+                    f"{folder.name} was written with {name} {before}, this run has "
+                    f"{now[name]}: launch with the same number of processes, batch and "
+                    "accumulation, and the same accelerate file."
+                )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        folder = Path(resume_from_checkpoint)
-        load_adapter(self.refiner.model, folder)
-        self.skipped.update(read_refiner_state(folder)["skipped"])
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_adapter(self.refiner.model, Path(resume_from_checkpoint))
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            self._check_shape_of_run(folder)
+            self._resume_stream(folder)
+            self.skipped.update(read_refiner_state(folder)["skipped"])
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        # The base would insist on the frozen weights, which checkpoints leave out.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        loaded, _ = self.model_wrapped.load_checkpoint(
+            resume_from_checkpoint, load_module_strict=False
+        )
+        if loaded is None:
+            raise CheckpointError(
+                f"{Path(resume_from_checkpoint).name} holds no DeepSpeed state."
+            )
+        self._load_scheduler(Path(resume_from_checkpoint))
+        return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        folder = Path(output_dir)
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(
+                output_dir, exclude_frozen_parameters=True
+            )
+        elif self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
+            return
         elif self.args.should_save:
-            for state, name in self._stateful:
-                save_tree(state.state_dict(), Path(output_dir) / name)
+            save_tree(self.optimizer.state_dict(), folder / OPTIMIZER_STATE)
+        if self.args.should_save:
+            save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        for state, name in self._stateful:
-            state.load_state_dict(load_tree(Path(checkpoint) / name))
+        state = load_tree(Path(checkpoint) / OPTIMIZER_STATE)
+        self.optimizer.load_state_dict(state)
+        self._load_scheduler(Path(checkpoint))
 
-    @property
-    def _stateful(self) -> list[tuple[Any, str]]:
-        return [
-            (self.optimizer, OPTIMIZER_STATE),
-            (self.lr_scheduler, SCHEDULER_STATE),
-        ]
+    def _load_scheduler(self, folder: Path) -> None:
+        self.lr_scheduler.load_state_dict(load_tree(folder / SCHEDULER_STATE))
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_tree(random_states(), Path(output_dir) / self._rng_file)
+        if isinstance(self.train_dataset, RefinementStream):
+            state = json.dumps(self.train_dataset.state())
+            (Path(output_dir) / self._stream_file).write_text(state + "\n")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         file = Path(checkpoint) / self._rng_file
+        # Batches seed themselves: a run on more processes than before lacks nothing.
+        if file.is_file():
+            restore_random_states(load_tree(file))
+
+    def _resume_stream(self, folder: Path) -> None:
+        if not isinstance(self.train_dataset, RefinementStream):
+            return
+        file = folder / self._stream_file
         if not file.is_file():
             raise CheckpointError(
-                f"{Path(checkpoint).name} has no {file.name}: it was written by a run "
-                "with another number of processes. Resume with the same number."
+                f"{folder.name} has no {file.name}: it was written without --streaming, or "
+                "by fewer processes. Continue as it was started."
             )
-        restore_random_states(load_tree(file))
+        self.train_dataset.resume(json.loads(file.read_text()))
+
+    @property
+    def _stream_file(self) -> str:
+        return f"stream_position_{self.args.process_index}.json"
 
     @property
     def _rng_file(self) -> str:

@@ -1,0 +1,37 @@
+"""The command with a fault in it, named by FAULT as ``kind:process:step``.
+
+Kinds: ``kill`` (-9 to the process), ``term`` (SIGTERM to it), ``nan`` (its loss),
+``full`` (its disk, while a checkpoint is written).
+"""
+
+import os
+import signal
+import sys
+
+from unirefiner_hf.cli import main
+from unirefiner_hf.training import trainer
+
+kind, process, step = os.environ["FAULT"].split(":")
+compute, save = trainer.RefinementTrainer.compute_loss, trainer.save_tree
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
+
+
+def faulty_loss(self, model, inputs, **options):
+    here = self.args.process_index == int(process)
+    if here and self.state.global_step == int(step):
+        if kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[kind])
+        elif kind == "nan":
+            inputs["pixel_values"].fill_(float("nan"))
+    return compute(self, model, inputs, **options)
+
+
+def full_disk(tree, path):
+    if kind == "full" and f"checkpoint-{step}" in str(path):
+        raise OSError(28, "No space left on device")
+    save(tree, path)
+
+
+trainer.RefinementTrainer.compute_loss = faulty_loss
+trainer.save_tree = full_disk
+sys.exit(main())
