@@ -140,3 +140,13 @@ def test_pipeline_reads_the_folder(tmp_path):
     assert features.shape == (1, 30, 32)
     torch.testing.assert_close(features, expected.last_hidden_state)
     torch.testing.assert_close(pooled, expected.pooler_output)
+
+
+def test_an_old_transformers_is_told_what_to_install(monkeypatch):
+    source = Path(unirefiner_hf.__file__).parent / "modeling"
+    source = source / "configuration_unirefiner.py"
+    monkeypatch.delattr("transformers.configuration_utils.SubConfigSpec")
+    code = compile(source.read_text(), str(source), "exec")
+    names = {"__name__": "old", "__package__": "unirefiner_hf.modeling"}
+    with pytest.raises(ImportError, match="pip install -U transformers"):
+        exec(code, names)

@@ -5,11 +5,19 @@ import dataclasses
 import difflib
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.backbone_utils import BackboneConfigMixin
-from transformers.configuration_utils import SubConfigSpec
+import transformers
 from transformers.utils import logging
+
+try:
+    from huggingface_hub.dataclasses import strict
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.backbone_utils import BackboneConfigMixin
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError as error:
+    raise ImportError(
+        f"This model needs transformers 5.20 or newer, here is {transformers.__version__}: "
+        "pip install -U transformers"
+    ) from error
 
 from .registers import FILLS
 

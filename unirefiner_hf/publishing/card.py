@@ -37,6 +37,7 @@ class CardData:
         steps, seconds, hardware: of the training; seconds is None for a checkpoint.
         losses: last logged values; empty for a checkpoint.
         shares: spurious shares before and after; None where they were not measured.
+        repo_id: where the model is on the Hub, for the code a reader pastes.
         version: of this package, which is that of its recipes.
         evaluations: entries of ``evaluation.json``, see `unirefiner_hf.evaluation.results`.
     """
@@ -56,12 +57,18 @@ class CardData:
     shares: Mapping[str, Any] | None
     version: str
     evaluations: Sequence[Mapping[str, Any]] = ()
+    repo_id: str | None = None
 
     @property
     def name(self) -> str:
         """Name of the refined model."""
         ending = "distilled" if self.recipe["method"] == "plain" else "unirefined"
         return f"{self.base.split('/')[-1]}-{ending}"
+
+    @property
+    def path(self) -> str:
+        """What the card's code loads: the Hub id, or the name as a stand-in."""
+        return self.repo_id or self.name
 
     @property
     def base_on_hub(self) -> bool:
@@ -82,7 +89,9 @@ class CardData:
 
 
 def card_from_record(
-    record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = ()
+    record: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    repo_id: str | None = None,
 ) -> CardData:
     """Read a card's data off a run's record (``run.json``) and its evaluations.
 
@@ -121,6 +130,7 @@ def card_from_record(
         shares=record.get("spurious_shares"),
         version=record["versions"]["unirefiner_hf"],
         evaluations=tuple(evaluations),
+        repo_id=repo_id,
     )
 
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .hub import (
     HubError,
     RemoteState,
+    TransportError,
     check_ours,
     model_files,
     remote_state,
@@ -150,6 +151,7 @@ def push_run(
         found,
         base,
         folder,
+        repo_id=repo_id,
         dtype=dtype,
         native=native,
         overwrite=output is None or (folder / "config.json").is_file(),
@@ -348,4 +350,9 @@ def _refusals(call: Callable[[], Result], repo_id: str) -> Result:
         raise HubError(
             f"The Hub answered {status} ({said}). Nothing is lost: run the same command "
             "again."
+        ) from problem
+    except (TransportError, OSError) as problem:
+        raise HubError(
+            f"The connection to the Hub failed ({str(problem).splitlines()[0]}). Nothing is "
+            "lost: run the same command again."
         ) from problem

@@ -183,8 +183,19 @@ def load_refined(
     return base
 
 
-def export_run(run: RunFolder, base: Base, output: str | Path, **options: Any) -> Path:
-    """Merge what `load_refined` gave and write it; options as of `export_refined`."""
+def export_run(
+    run: RunFolder,
+    base: Base,
+    output: str | Path,
+    *,
+    repo_id: str | None = None,
+    **options: Any,
+) -> Path:
+    """Merge what `load_refined` gave and write it; options as of `export_refined`.
+
+    Args:
+        repo_id: where it will be on the Hub; None where that is not known.
+    """
     entries, results = [], {}
     if run.evaluation is not None:
         results[EVALUATION] = run.evaluation.read_bytes()
@@ -202,7 +213,7 @@ def export_run(run: RunFolder, base: Base, output: str | Path, **options: Any) -
         output,
         image_processor=base.processor,
         image_size=base.image_size,
-        card=card_from_record(run.record, entries),
+        card=card_from_record(run.record, entries, repo_id),
         images={picture.name: Image.open(picture) for picture in run.pictures},
         results=results,
         **options,

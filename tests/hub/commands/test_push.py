@@ -93,7 +93,6 @@ def test_a_run_is_published_and_used(hub, push, client_env, tmp_path):
     snippets = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(snippets) == 5
     pasted = "\n".join(snippets)
-    pasted = pasted.replace('path = "tiny-tower-unirefined"', f'path = "{REPO}"')
     anybody = client_env(token=None)
     succeed(script(pasted, anybody, cwd=tmp_path))
     example = (PACKAGE.parent / "examples" / "segmentation_backbone.py").read_text()
@@ -281,6 +280,19 @@ def test_every_step_outlives_two_refusals(hub, push, status):
         assert hub.count(method, path, status) == 2, path
     assert len(hub.commits(REPO)) == 2
     assert "v0.1.0" in str(hub.repos[REPO].refs)
+
+
+def test_a_connection_that_stays_cut_is_told(hub, push):
+    hub.fail("POST", "/commit/", 0, times=1000)
+    line = refused(push(sleepless=True))
+    assert "connection to the Hub failed" in line and "run the same command" in line
+
+
+def test_a_cut_connection_is_tried_again(hub, push):
+    hub.fail("POST", "/commit/", 0)
+    hub.fail("POST", "/tag/", 0)
+    succeed(push(sleepless=True))
+    assert len(hub.commits(REPO)) == 2
 
 
 def test_the_server_says_how_long_to_wait(hub, push, run):
