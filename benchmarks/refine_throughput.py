@@ -24,6 +24,7 @@ same exactly, from the config.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from contextlib import nullcontext
@@ -74,10 +75,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batch = args.per_device_train_batch_size
     checkpointing = bool(args.gradient_checkpointing)
 
+    plain = dataclasses.replace(model_args, teacher_float8=False)
     with torch.device("meta"):
-        model, size = framed(
-            random_tower(model_args).to(dtype), model_args, model_args.model
-        )
+        tower = random_tower(model_args).to(dtype)
+        model, size = framed(tower, plain, model_args.model)
     cost = dry_step(
         model,
         settings,
