@@ -17,8 +17,10 @@ from .devices import Device
 from .dry_run import StepCost, dry_step
 from .float8 import float8_linears
 from .quantized import BYTES, layer_linears
+from .run import OBJECTIVES
 
 STRATEGIES = ("ddp", "zero2", "zero3")
+NO_GRADIENT = {*dry_run.PASSES} - {dry_run.STUDENT}
 OPTIMIZER = "optimiser"
 GATHERED = "gathered layers"
 BUCKETS = "gradient buckets"
@@ -130,6 +132,7 @@ def estimate(
         image_size=image_size,
         batch=batch,
         register_factor=model_args.register_factor,
+        objective_type=OBJECTIVES[settings.method],
         autocast=torch.bfloat16 if args.bf16 else None,
         as_on_gpu=device.name != "cpu",
         checkpointing=_checkpointing(args),
@@ -145,7 +148,7 @@ def estimate(
     }
     if model_args.teacher_float8:
         gain = 1 / device.rate(dtype) - 1 / device.float8
-        for part in (dry_run.COMPOSITES, dry_run.FULL_IMAGE, dry_run.RELATION):
+        for part in compute.keys() & NO_GRADIENT:
             compute[part] -= 2 * eight * cost.tokens.get(part, 0) * gain / efficiency
     exchanged = _exchanged(cost, shared, devices, _checkpointing(args))
     exchange = exchanged / device.link
