@@ -4,8 +4,8 @@
 
 The starter tower (a DINOv2-small with its published weights) on the photographs that come from
 PyPI packages; the same views and draws for every reading. Printed are the share of crop tokens
-on which the clean mask agrees with that of float32 passes, and the relative change of each
-loss; beside float8, bfloat16 passes, which everyone trains with. On a CPU the float8 values
+on which the clean mask agrees with that of float32 passes, and the mean change of each loss
+and its size; beside float8, bfloat16 passes, which everyone trains with. On a CPU the float8 values
 are those of the GPU, their products summed in float32.
 """
 
@@ -90,6 +90,7 @@ def main() -> None:
     readings = {name: build(name, [5, 6], size) for name in READINGS}
     agreed = {name: 0.0 for name in READINGS}
     change = {name: dict.fromkeys(LOSS_TERMS, 0.0) for name in READINGS}
+    size_of = dict.fromkeys(LOSS_TERMS, 0.0)
     for number in range(options.steps):
         found = {}
         for name, objective in readings.items():
@@ -98,13 +99,18 @@ def main() -> None:
             terms = {term: out[term].item() for term in LOSS_TERMS}
             found[name] = terms, objective.mask
         exact, mask = found["float32"]
+        for term in LOSS_TERMS:
+            size_of[term] += abs(exact[term]) / options.steps
         for name, (out, other) in found.items():
             agreed[name] += (mask == other).float().mean().item() / options.steps
             for term in LOSS_TERMS:
-                off = abs(out[term] / exact[term] - 1)
+                off = abs(out[term] - exact[term])
                 change[name][term] += off / options.steps
     for name in READINGS[1:]:
-        terms = ", ".join(f"{term} {off:.4f}" for term, off in change[name].items())
+        terms = ", ".join(
+            f"{term} {off:.4f} of {size_of[term]:.2f}"
+            for term, off in change[name].items()
+        )
         print(f"{name:9} clean masks agree on {agreed[name]:.4f}; changes: {terms}")
 
 

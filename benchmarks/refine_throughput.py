@@ -24,6 +24,7 @@ same exactly, from the config.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from contextlib import nullcontext
@@ -36,13 +37,13 @@ from benchmarks.shapes import SHAPES
 from benchmarks.step_time import matrix_rate
 from unirefiner_hf.cli import refine
 from unirefiner_hf.modeling.towers import DUAL_ENCODERS
-from unirefiner_hf.refinement.objective import UniRefinerObjective
 from unirefiner_hf.training.arguments import ModelArguments
 from unirefiner_hf.training.base import base_dtype, framed
 from unirefiner_hf.training.compiled import compile_layers
 from unirefiner_hf.training.devices import GPUS
 from unirefiner_hf.training.dry_run import dry_step
 from unirefiner_hf.training.recipe import build_arguments
+from unirefiner_hf.training.run import OBJECTIVES
 
 IMAGES, EPOCHS = 5000, 2
 
@@ -74,16 +75,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batch = args.per_device_train_batch_size
     checkpointing = bool(args.gradient_checkpointing)
 
+    plain = dataclasses.replace(model_args, teacher_float8=False)
     with torch.device("meta"):
-        model, size = framed(
-            random_tower(model_args).to(dtype), model_args, model_args.model
-        )
+        tower = random_tower(model_args).to(dtype)
+        model, size = framed(tower, plain, model_args.model)
     cost = dry_step(
         model,
         settings,
         image_size=size,
         batch=batch,
         register_factor=model_args.register_factor,
+        objective_type=OBJECTIVES[settings.method],
         autocast=torch.bfloat16 if mixed else None,
         as_on_gpu=options.device == "cuda",
         checkpointing=checkpointing,
@@ -96,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_default_dtype(default)
     model, _ = framed(tower, model_args, model_args.model)
     reference = torch.randn(1, 3, size, size)
-    objective = UniRefinerObjective(
+    objective = OBJECTIVES[settings.method](
         model, settings, reference, model_args.register_factor
     )
     objective.to(options.device).train()

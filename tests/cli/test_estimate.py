@@ -58,6 +58,13 @@ def test_several_devices_part_what_the_strategy_says(estimated):
     assert zero3["memory"]["gathered layers"] == base
 
 
+def test_the_method_of_the_recipe_is_estimated(estimated):
+    refined, _ = estimated()
+    plain, out = estimated("--method", "plain")
+    assert "teacher, crops" in out and "teacher, composites" not in out
+    assert sum(plain["flops"].values()) < sum(refined["flops"].values())
+
+
 def test_accumulation_takes_as_many_steps_of_the_tower(estimated):
     plain, _ = estimated("--images", "320")
     more, _ = estimated("--images", "320", "--gradient_accumulation_steps", "2")

@@ -9,6 +9,7 @@ from benchmarks.memory_check import Case, allocated_bytes, estimated_bytes
 from tests.conftest import FAMILIES, make_tiny_tower
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.refinement.objective import UniRefinerObjective
+from unirefiner_hf.refinement.plain_distillation import PlainDistillation
 from unirefiner_hf.refinement.settings import UniRefinerSettings
 from unirefiner_hf.training import dry_run
 from unirefiner_hf.training.dry_run import dry_step
@@ -27,10 +28,12 @@ def tiny_model(family, attention):
     return model
 
 
-def counted_step(model, settings, checkpointing=False, progress=1.0):
+def counted_step(
+    model, settings, checkpointing=False, progress=1.0, method=UniRefinerObjective
+):
     """Operations of a real step, by PyTorch's own counter."""
     reference = torch.randn(1, 3, SIZE, SIZE)
-    objective = UniRefinerObjective(model, settings, reference).train()
+    objective = method(model, settings, reference).train()
     if checkpointing:
         objective.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -101,13 +104,25 @@ def test_before_scd_there_is_no_relation_pass():
     assert cost.total_flops == real
 
 
+def test_the_plain_method_is_counted_as_it_is():
+    settings = UniRefinerSettings(method="plain")
+    model = tiny_model("dinov2", "sdpa")
+    real = counted_step(model, settings, method=PlainDistillation)
+    model = tiny_model("dinov2", "sdpa").to("meta")
+    cost = without_data(model, settings, objective_type=PlainDistillation)
+    assert cost.total_flops == real
+    assert cost.images[dry_run.CROPS] == cost.images[dry_run.RELATION] == 6
+    assert cost.images[dry_run.FULL_IMAGE] == 2
+    assert cost.flops[dry_run.LOSSES] and dry_run.COMPOSITES not in cost.flops
+
+
 def test_mixed_precision_halves_the_tower_and_leaves_the_losses():
     model = tiny_model("dinov2", "sdpa").to("meta")
     model.tower.get_base_model().to(torch.bfloat16)
     cost = without_data(
         model, UniRefinerSettings(), autocast=torch.bfloat16, as_on_gpu=True
     )
-    for part in dry_run.PASSES:
+    for part in {*dry_run.PASSES} - {dry_run.CROPS}:
         assert set(cost.flops[part]) == {torch.bfloat16}
     assert set(cost.flops[dry_run.LOSSES]) == {torch.float32}
 

@@ -25,7 +25,7 @@ from unirefiner_hf.training.run import refine
 def objective(float8):
     tower = make_tiny_tower("dinov2")
     if float8:
-        assert use_float8(tower) == 12
+        assert use_float8(tower) == 8
     model = UniRefinerModel.from_tower(tower)
     torch.manual_seed(0)
     model.tower = add_adapter(tower, rank=4, dropout=0.0)
@@ -76,13 +76,23 @@ def test_only_passes_without_gradient_change():
     assert torch.equal(eight.teacher_tokens(pixels), expected)
 
 
+def test_queries_and_keys_stay_out():
+    attention = objective(True).model.tower.encoder.layer[0].attention
+    kinds = {
+        name: type(getattr(attention, name).base_layer)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    assert kinds.pop("q_proj") is kinds.pop("k_proj") is nn.Linear
+    assert set(kinds.values()) == {Float8Linear}
+
+
 def test_a_side_off_the_multiple_is_left_and_counted(monkeypatch):
     tower = make_tiny_tower("siglip_vision_model", hidden_size=24)
     warnings = []
     logger = "unirefiner_hf.training.float8.logger.warning"
     monkeypatch.setattr(logger, warnings.append)
     assert use_float8(tower) == 0
-    assert "12 of 12 Linear modules stay out of float8" in warnings[0]
+    assert "8 of 8 Linear modules stay out of float8" in warnings[0]
 
 
 def test_the_option_reaches_the_tower_and_wants_a_gpu(arguments, tmp_path):

@@ -192,6 +192,8 @@ def _time(found: Estimate) -> list[str]:
 def _clock(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
+    if seconds < 1200:
+        return f"{seconds / 60:.1f} min"
     minutes = round(seconds / 60)
     if minutes < 120:
         return f"{minutes} min"

@@ -32,6 +32,7 @@ aten = torch.ops.aten
 _FLASH = "_scaled_dot_product_flash_attention"
 
 COMPOSITES = "teacher, composites"
+CROPS = "teacher, crops"
 FULL_IMAGE = "teacher, full image"
 STUDENT = "student forward"
 RELATION = "relation crops"
@@ -39,7 +40,7 @@ LOSSES = "losses and filters"
 BACKWARD = "backward"
 RECOMPUTATION = "recomputation"
 OTHER = "views and tokens"
-PASSES = (COMPOSITES, FULL_IMAGE, STUDENT, RELATION)
+PASSES = (COMPOSITES, CROPS, FULL_IMAGE, STUDENT, RELATION)
 PARTS = (*PASSES, LOSSES, BACKWARD, RECOMPUTATION, OTHER)
 """The parts of a step, in the order they are told."""
 
@@ -86,6 +87,7 @@ def dry_step(
     image_size: int,
     batch: int,
     register_factor: int = 32,
+    objective_type: type[UniRefinerObjective] = UniRefinerObjective,
     progress: float = 1.0,
     autocast: torch.dtype | None = None,
     as_on_gpu: bool = True,
@@ -101,6 +103,7 @@ def dry_step(
             is in memory. Moved to fake tensors in place.
         image_size: side of the images, pixels.
         batch: images a step.
+        objective_type: the method.
         progress: as for the objective.
         autocast: type of mixed precision, None for none.
         as_on_gpu: mixed precision and passes without gradient as on a GPU: layer norms
@@ -115,8 +118,9 @@ def dry_step(
     with FakeTensorMode(), meter:
         model._apply(_without_data)
         reference = torch.empty(1, 3, image_size, image_size)
-        objective = _Objective(model, settings, reference, register_factor)
-        objective.meter = meter
+        told: Any = type("Told", (_Told, objective_type), {})
+        objective = told(model, settings, reference, register_factor)
+        objective.meter, objective.batch = meter, batch
         objective.train()
         if checkpointing:
             objective.gradient_checkpointing_enable(
@@ -152,23 +156,38 @@ def _without_data(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-class _Objective(UniRefinerObjective):
-    """Says which part of the step runs."""
+class _Told:
+    """Mixed into an objective: says which part of the step runs."""
 
     meter: _Meter
+    batch: int
+    teaching = False
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        self.teaching = True
+        with super()._adapter_off():  # type: ignore[misc]
+            yield
+        self.teaching = False
 
     def _encode(self, images: Tensor, register_width: int) -> Tensor:
-        part = FULL_IMAGE if register_width == 0 else RELATION
+        part = RELATION
+        if self.teaching:
+            part = FULL_IMAGE if len(images) == self.batch else CROPS
         with self.meter.part(part):
-            return super()._encode(images, register_width)
+            return super()._encode(images, register_width)  # type: ignore[misc]
 
-    def _encode_with_flow(self, images: Tensor, layers: tuple[int, ...]) -> Any:
+    def _encode_with_flow(self, *args: Any) -> Any:
         with self.meter.part(COMPOSITES):
-            return super()._encode_with_flow(images, layers)
+            return super()._encode_with_flow(*args)  # type: ignore[misc]
 
-    def _losses(self, *args: Any) -> dict[str, Tensor]:
+    def _losses(self, *args: Any) -> Any:
         with self.meter.part(LOSSES):
-            return super()._losses(*args)
+            return super()._losses(*args)  # type: ignore[misc]
+
+    def _plain_losses(self, *args: Any) -> Any:
+        with self.meter.part(LOSSES):
+            return super()._plain_losses(*args)  # type: ignore[misc]
 
 
 class _Meter(TorchDispatchMode):

@@ -15,9 +15,12 @@ from .arguments import ModelArguments, RefineTrainingArguments
 from .base import base_dtype, base_source, framed, tower_without_weights
 from .devices import Device
 from .dry_run import StepCost, dry_step
+from .float8 import float8_linears
 from .quantized import BYTES, layer_linears
+from .run import OBJECTIVES
 
 STRATEGIES = ("ddp", "zero2", "zero3")
+NO_GRADIENT = {*dry_run.PASSES} - {dry_run.STUDENT}
 OPTIMIZER = "optimiser"
 GATHERED = "gathered layers"
 BUCKETS = "gradient buckets"
@@ -118,6 +121,7 @@ def estimate(
     dtype = base_dtype(model_args, bool(args.bf16))
     tower.to(dtype=dtype)
     weights = sum(linear.weight.numel() for linear in layer_linears(tower).values())
+    eight = sum(linear.weight.numel() for linear in float8_linears(tower))
     plain = replace(model_args, teacher_float8=False)
     model, image_size = framed(tower, plain, model_args.model)
     batch = args.per_device_train_batch_size
@@ -128,6 +132,7 @@ def estimate(
         image_size=image_size,
         batch=batch,
         register_factor=model_args.register_factor,
+        objective_type=OBJECTIVES[settings.method],
         autocast=torch.bfloat16 if args.bf16 else None,
         as_on_gpu=device.name != "cpu",
         checkpointing=_checkpointing(args),
@@ -143,8 +148,8 @@ def estimate(
     }
     if model_args.teacher_float8:
         gain = 1 / device.rate(dtype) - 1 / device.float8
-        for part in (dry_run.COMPOSITES, dry_run.FULL_IMAGE, dry_run.RELATION):
-            compute[part] -= 2 * weights * cost.tokens.get(part, 0) * gain / efficiency
+        for part in compute.keys() & NO_GRADIENT:
+            compute[part] -= 2 * eight * cost.tokens.get(part, 0) * gain / efficiency
     exchanged = _exchanged(cost, shared, devices, _checkpointing(args))
     exchange = exchanged / device.link
     with_scd = max(sum(compute.values()), exchange)
@@ -157,7 +162,7 @@ def estimate(
         saved = dtype.itemsize - BYTES[model_args.base_quantization]
         memory[dry_run.BASE] -= int(saved * weights)
     if model_args.teacher_float8:
-        memory[FLOAT8_COPY] = weights
+        memory[FLOAT8_COPY] = eight
     return Estimate(
         name=base_source(model_args)[1],
         config=tower.config,

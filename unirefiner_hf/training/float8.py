@@ -1,8 +1,9 @@
 """The frozen weights' products in float8, in passes without gradient.
 
 Teacher and relation passes are about three quarters of a step, and no gradient comes of
-them. Weights are scaled by row (output channel), inputs by token; products are accumulated
-in float32. The student, its gradient and the adapter stay as they are.
+them. Queries and keys are left as they are. Weights are scaled by row (output channel),
+inputs by token; products are accumulated in float32. The student, its gradient and the
+adapter stay as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.towers import family_of
 from .quantized import layer_linears
 
 logger = logging.get_logger(__name__)
@@ -71,14 +73,29 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale).to(FLOAT8), scale
 
 
+def float8_linears(tower: PreTrainedModel) -> list[nn.Linear]:
+    """The Linear modules of a tower's layers that may multiply in float8.
+
+    Queries and keys stay out: the attention-flow filter reads them, and its masks are
+    the first to change (benchmarks/RESULTS.md).
+    """
+    family = family_of(tower.config)
+    read = (f".{family.query}", f".{family.key}")
+    return [
+        linear
+        for name, linear in layer_linears(tower).items()
+        if not name.endswith(read)
+    ]
+
+
 def use_float8(tower: PreTrainedModel) -> int:
-    """Let the Linear modules of a tower's layers multiply in float8 where they may.
+    """Let `float8_linears` multiply in float8.
 
     Returns:
         How many do; those with a side off the GPU's multiple are left, and counted in a
         warning.
     """
-    linears = layer_linears(tower).values()
+    linears = float8_linears(tower)
     fitting = [
         linear
         for linear in linears
