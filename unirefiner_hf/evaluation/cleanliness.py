@@ -29,8 +29,9 @@ What fools each of them:
   unlike images: with n images its noise is about 1/n, which is subtracted.
 - Neighbour cosine rises with any blur. Blurring lowers neighbour_contrast at the same time,
   which is the guard: a cleaner map raises the first and keeps the second.
-- k-NN scores follow what the labels name; a proxy token that carries the scene can find the
-  right class on scenes with one object.
+- k-NN scores follow what the labels name; a proxy token that carries the scene finds the
+  scene's commonest class. Planted proxies and patterns left them as they were where a linear
+  probe lost 10 points of mIoU.
 """
 
 from __future__ import annotations
