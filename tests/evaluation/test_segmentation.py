@@ -30,6 +30,7 @@ from unirefiner_hf.evaluation.labelled_images import (
 from unirefiner_hf.evaluation.results import read_results
 from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
+    cache_tokens,
     evaluate_segmentation,
     learning_rate_share,
     sliding_scores,
@@ -66,6 +67,19 @@ def test_a_probe_learns_colours(tiny, scenes, options):
     again = evaluate_segmentation(tiny, train, val, classes, settings, seeds=1)
     assert again.scores[0].mean_iou == result.scores[0].mean_iou
     assert result.scores[0].mean_iou != result.scores[1].mean_iou
+
+
+def test_mirrored_tokens_have_mirrored_labels(tiny, scenes, monkeypatch):
+    """With tokens that are the brightest patches' pixels, both turn together."""
+    monkeypatch.setattr(type(tiny), "feature_map", lambda _, pixels: pixels)
+    train, _ = splits(scenes)
+    cached, whole = cache_tokens(
+        tiny, train, class_labels(str(scenes)), 24, batch=3, mirrored=True
+    )
+    assert len(whole) == 8 and len(cached.features) == len(cached.labels) == 16
+    assert torch.equal(cached.features[8:], cached.features[:8].flip(-1))
+    assert torch.equal(cached.labels[8:], cached.labels[:8].flip(-1))
+    assert not torch.equal(cached.labels[8:], cached.labels[:8])
 
 
 def test_windows_cover_and_average(tiny, scenes):

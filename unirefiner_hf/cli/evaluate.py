@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..evaluation.compare import (
         compare_depth,
         compare_segmentation,
+        is_main,
         load_compared,
     )
 
@@ -94,4 +95,5 @@ def run(arguments: argparse.Namespace) -> None:
         comparison = compare_depth(checkpoints, evaluation, depth)
     else:
         comparison = compare_segmentation(checkpoints, evaluation, segmentation)
-    print(comparison.table())
+    if is_main():
+        print(comparison.table())

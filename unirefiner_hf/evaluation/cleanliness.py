@@ -29,8 +29,9 @@ What fools each of them:
   unlike images: with n images its noise is about 1/n, which is subtracted.
 - Neighbour cosine rises with any blur. Blurring lowers neighbour_contrast at the same time,
   which is the guard: a cleaner map raises the first and keeps the second.
-- k-NN scores follow what the labels name; a proxy token that carries the scene can find the
-  right class on scenes with one object.
+- k-NN scores follow what the labels name; a proxy token that carries the scene finds the
+  scene's commonest class. Planted proxies and patterns left them as they were where a linear
+  probe lost 10 points of mIoU.
 """
 
 from __future__ import annotations
@@ -137,17 +138,16 @@ def measure_cleanliness(
             f"{base.name} was measured on {base.images} images, these are {len(images)}."
         )
     side, device = checkpoint.side(size), checkpoint.model.device
-    pixels_of = {
-        "size": (side, side),
-        "mean": checkpoint.mean,
-        "std": checkpoint.std,
-    }
-    reference = preprocess(default_reference(), **pixels_of)[None].to(device)
+
+    def pixels(image: Image.Image) -> Tensor:
+        return preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
+
+    reference = pixels(default_reference())[None].to(device)
     found = _Collected()
     title = f"cleanliness of {checkpoint.name}"
     for start in tqdm(range(0, len(images), BATCH), desc=title, leave=False):
         chunk = images[start : start + BATCH]
-        batch = torch.stack([preprocess(image, **pixels_of) for image in chunk])
+        batch = torch.stack([pixels(image) for image in chunk])
         batch = batch.to(device)
         found.diagnoses.append(
             diagnose(
@@ -330,7 +330,8 @@ def knn_retrieval(
         values = classes.read(values, images.names[number])
         pixels = preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
         found = checkpoint.feature_map(pixels[None].to(device))[0]
-        labels.append(torch.from_numpy(resize_labels(values, tuple(found.shape[1:]))))
+        grid = (found.shape[1], found.shape[2])
+        labels.append(torch.from_numpy(resize_labels(values, grid)))
         tokens.append(functional.normalize(found.flatten(1).T, dim=-1))
     bank, known = torch.stack(tokens), torch.stack(labels).flatten(1).to(device)
     confusion = ConfusionMatrix(len(classes))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 
 from .arguments import EvaluationArguments
 from .checkpoints import Checkpoint, check_same_tower, load_checkpoint
@@ -39,7 +42,7 @@ def load_compared(
     Raises:
         CheckpointMismatchError: a checkpoint of another tower than the first.
     """
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(arguments.device)
     loaded: list[Checkpoint] = []
     for source in sources:
         checkpoint = load_checkpoint(
@@ -61,6 +64,15 @@ def load_compared(
     widths = sorted({c.register_width for c in others} - {base.register_width, 0})
     framed = [base.framed(width) for width in widths] if arguments.framed_base else []
     return [base, *framed, *others]
+
+
+def _device(asked: str | None) -> str:
+    """The one asked for, or a GPU if there is one; under a launcher, the process's own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return str(PartialState(cpu=asked == "cpu").device)
+    if asked is not None:
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compare_segmentation(
@@ -88,7 +100,7 @@ def compare_segmentation(
         protocol=settings.protocol(),
         metrics=SEGMENTATION_METRICS,
         images=len(val),
-        settings=dataclasses.asdict(settings),
+        settings={**dataclasses.asdict(settings), "processes": _processes()},
     )
     shown: list[SegmentationRow] = []
     for checkpoint in checkpoints:
@@ -109,7 +121,7 @@ def compare_segmentation(
         }
         comparison.rows.append((checkpoint, measured))
         shown.append(SegmentationRow(checkpoint, result))
-    if _is_main():
+    if is_main():
         _leave(comparison, arguments, val, classes, shown, settings)
     return comparison
 
@@ -123,7 +135,13 @@ def compare_depth(
 
     Raises:
         LabelError: see `open_pairs` and `read_depth`.
+        ValueError: several processes.
     """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"Depth probes run on one process, not on {dist.get_world_size()}: start "
+            "without a launcher."
+        )
     train, val = open_splits(arguments)
     comparison = Comparison(
         task="depth-estimation",
@@ -187,11 +205,13 @@ def name_of(arguments: EvaluationArguments) -> str:
     return names.get(arguments.dataset, fallback)
 
 
-def _is_main() -> bool:
-    distributed = torch.distributed.is_available()
-    return not (distributed and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _leave(

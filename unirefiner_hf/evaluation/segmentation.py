@@ -233,6 +233,7 @@ def train_head(
         _average_gradients(head)
         optimiser.step()
         schedule.step()
+    _share_statistics(head)
     head.eval()
 
 
@@ -256,6 +257,13 @@ def _average_gradients(head: nn.Module) -> None:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(world)
+
+
+def _share_statistics(head: nn.Module) -> None:
+    """One head everywhere: plain BatchNorm kept statistics of its own process."""
+    if _rank()[1] > 1:
+        for value in (*head.parameters(), *head.buffers()):
+            dist.broadcast(value.data, src=0)
 
 
 def _new_head(
