@@ -155,6 +155,12 @@ def test_batches_pass_through_accelerate(folder, workers):
     assert sum(len(batch["skipped"]) for batch in batches) == 1
 
 
+@pytest.fixture(autouse=True)
+def no_pause_after_a_pass(monkeypatch):
+    """`datasets` sleeps when the threads that read a file end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.0)
+
+
 def split_into_files(folder, table, files):
     for part in range(files):
         table.shard(files, part).to_parquet(folder / f"part-{part}.parquet")

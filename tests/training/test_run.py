@@ -261,6 +261,22 @@ def test_a_checkpoint_of_another_adapter_is_refused(arguments):
         refine(*arguments(model={"lora_rank": 2}, resume=True))
 
 
+def test_a_checkpoint_of_another_total_batch_is_refused(arguments):
+    refine(*arguments(max_steps=2))
+    with pytest.raises(CheckpointError, match="checkpoint-2.*total_batch 2.*has 4"):
+        refine(*arguments(gradient_accumulation_steps=2, resume=True))
+
+
+def test_a_stream_of_unknown_length_needs_max_steps(arguments, image_folder, tmp_path):
+    rows = [{"image": {"bytes": p.read_bytes()}} for p in image_folder.iterdir()]
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(tmp_path / "x.parquet")
+    stream = {"data": str(tmp_path / "x.parquet"), "streaming": True}
+    with pytest.raises(RunError, match="max_images.*or max_steps"):
+        refine(*arguments(data=stream, max_steps=-1))
+
+
 def test_accumulation_takes_the_mean_over_its_batches(arguments, tmp_path):
     """Two half batches step the optimiser once; the run has half as many steps."""
     common = {"max_steps": -1, "num_train_epochs": 1}

@@ -27,7 +27,6 @@ from .distributed import (
     batch_seed,
     gather_named,
     highest,
-    is_distributed,
     wait_for_all,
     whole_trainable,
 )
@@ -363,29 +362,26 @@ class RefinementTrainer(Trainer):
             )
         # The base would insist on the frozen weights, which checkpoints leave out.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        loaded, _ = self.model_wrapped.load_checkpoint(
+        loaded, _ = self._engine.load_checkpoint(
             resume_from_checkpoint, load_module_strict=False
         )
         if loaded is None:
             raise CheckpointError(
                 f"{Path(resume_from_checkpoint).name} holds no DeepSpeed state."
             )
-        self._load_scheduler(Path(resume_from_checkpoint))
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder = Path(output_dir)
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(
-                output_dir, exclude_frozen_parameters=True
-            )
+        folder, engine = Path(output_dir), self._engine
+        if engine is not None:
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        elif self.args.should_save:
-            save_tree(self.optimizer.state_dict(), folder / OPTIMIZER_STATE)
         if self.args.should_save:
-            save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER_STATE)
+            for state, name in self._stateful:
+                save_tree(state.state_dict(), folder / name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -393,12 +389,21 @@ class RefinementTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state = load_tree(Path(checkpoint) / OPTIMIZER_STATE)
-        self.optimizer.load_state_dict(state)
-        self._load_scheduler(Path(checkpoint))
+        for state, name in self._stateful:
+            state.load_state_dict(load_tree(Path(checkpoint) / name))
 
-    def _load_scheduler(self, folder: Path) -> None:
-        self.lr_scheduler.load_state_dict(load_tree(folder / SCHEDULER_STATE))
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's engine, None without DeepSpeed."""
+        return self.model_wrapped if self.is_deepspeed_enabled else None
+
+    @property
+    def _stateful(self) -> list[tuple[Any, str]]:
+        """What is saved beside the adapter; DeepSpeed keeps the optimiser's itself."""
+        scheduler = (self.lr_scheduler, SCHEDULER_STATE)
+        if self.is_deepspeed_enabled:
+            return [scheduler]
+        return [(self.optimizer, OPTIMIZER_STATE), scheduler]
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
