@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from tests.distributed.test_launch import free_port
+from tests.distributed.conftest import free_port
 from unirefiner_hf.evaluation.metrics import ConfusionMatrix
 
 PREDICTIONS = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 2]])

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from tests.hub.card_rules import validate_card
 from tests.publishing.conftest import make_record
+from unirefiner_hf.modeling.towers import FAMILIES
 from unirefiner_hf.publishing.card import card_from_record, render_card
 from unirefiner_hf.publishing.run_folder import merge_run
 from unirefiner_hf.resources import PACKAGE, resource_folder
@@ -83,6 +85,15 @@ def test_metadata_parses_exactly():
     }
     assert header(text) == expected
     assert ModelCard(text).data.to_dict() == expected
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+@pytest.mark.parametrize("native", [False, True])
+def test_every_family_has_a_card(model_type, native):
+    text = render(model__family=model_type, native=native, evaluations=[EVALUATION])
+    assert header(text)["tags"][-1] == model_type
+    assert f"({model_type})" in text
+    assert validate_card(text) == ([], [])
 
 
 def test_evaluations_become_a_model_index_with_their_controls():
