@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -36,6 +37,7 @@ from unirefiner_hf.evaluation.segmentation import (
     sliding_scores,
     window_starts,
 )
+from unirefiner_hf.images import ImageError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 FAST = {"fast": True, "crop": 24, "fast_iterations": 60, "probe_lr": 0.05}
@@ -190,6 +192,32 @@ def test_missing_splits_and_partners(scenes, tmp_path):
         open_pairs(str(tmp_path), "val")
     with pytest.raises(LabelError, match="how many classes"):
         class_labels(str(tmp_path))
+
+
+def test_a_datasets_set(scenes, tmp_path):
+    rows = {}
+    for split in ("train", "val"):
+        pairs = open_pairs(str(scenes), split)
+        read = [pairs.pair(number) for number in range(len(pairs))]
+        rows[split] = datasets.Dataset.from_dict(
+            {
+                "image": [image for image, _ in read],
+                "mask": [Image.fromarray(label) for _, label in read],
+            }
+        ).cast_column("image", datasets.Image())
+        rows[split] = rows[split].cast_column("mask", datasets.Image())
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
+    pairs = open_pairs(str(tmp_path / "set"), "val", label_column="mask")
+    image, label = pairs.pair(1)
+    expected, truth = open_pairs(str(scenes), "val").pair(1)
+    assert np.array_equal(image, expected) and np.array_equal(label, truth)
+    with pytest.raises(LabelError, match="no column 'label'; it has image, mask"):
+        open_pairs(str(tmp_path / "set"), "val")
+    with pytest.raises(ImageError, match="no split 'test'; it has train, val"):
+        open_pairs(str(tmp_path / "set"), "test", label_column="mask")
+    rows["val"].save_to_disk(tmp_path / "one")
+    with pytest.raises(LabelError, match="one table without splits"):
+        open_pairs(str(tmp_path / "one"), "val", label_column="mask")
 
 
 def test_published_layouts(tmp_path):

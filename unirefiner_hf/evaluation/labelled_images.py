@@ -209,7 +209,7 @@ def open_pairs(
             raise LabelError(f"Name both folders of {split}, of images and of labels.")
         return pair_folders(Path(images), Path(labels))
     if layout == "folder":
-        if not root.exists() or _is_table(root):
+        if not root.exists() or _has_splits(root):
             return _open_table(data, root, split, image_column, label_column)
         _check_split(root, split, f"{split}/images")
         return pair_folders(root / split / "images", root / split / "labels")
@@ -302,11 +302,14 @@ def read_map(file: Path) -> np.ndarray:
         raise LabelError(f"{file.name}: cannot be read ({problem}).") from None
 
 
-def _is_table(root: Path) -> bool:
-    if root.is_file():
-        return True
-    saved = ("state.json", "dataset_dict.json")
-    return any((root / name).is_file() for name in saved)
+def _has_splits(root: Path) -> bool:
+    """Whether `datasets` saved a set with splits there."""
+    if root.is_file() or (root / "state.json").is_file():
+        raise LabelError(
+            f"{root} is one table without splits, and the probe must not be measured on "
+            "what it was trained on: save a DatasetDict with both splits."
+        )
+    return (root / "dataset_dict.json").is_file()
 
 
 def _open_table(
