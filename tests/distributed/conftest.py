@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import BitImageProcessorPil
 
@@ -57,7 +57,9 @@ class Run:
 
     def kill(self) -> None:
         """End the launcher and every process it started, at once."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        launcher = psutil.Process(self.process.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.kill()
         self.process.wait(30)
 
     def text(self) -> str:

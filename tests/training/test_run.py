@@ -121,6 +121,19 @@ def test_a_continued_run_equals_an_undisturbed_one(arguments, tmp_path):
         assert torch.equal(adapter(again)[name], value), name
 
 
+def test_a_run_killed_after_its_last_step_trains_no_more(arguments, tmp_path):
+    """Whether its length was given in steps or in epochs."""
+    for length in ({"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}):
+        options = {"output_dir": str(tmp_path / str(len(length))), **length}
+        run = refine(*arguments(**options))
+        weights, expected = adapter(run), losses(run)
+        (run / "adapter" / "adapter_model.safetensors").unlink()
+        again = refine(*arguments(**options, resume=True))
+        assert losses(again) == expected
+        for name, value in weights.items():
+            assert torch.equal(adapter(again)[name], value), name
+
+
 KILLED = """
     import json, os, signal, sys
     from pathlib import Path

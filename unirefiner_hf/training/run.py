@@ -182,9 +182,10 @@ def refine(
     started = time.monotonic()
     with trainer.graceful_stop.watching():
         try:
-            trainer.train(
-                resume_from_checkpoint=str(checkpoint) if checkpoint else None
-            )
+            if checkpoint is None or not trainer.restore_finished(checkpoint):
+                trainer.train(
+                    resume_from_checkpoint=str(checkpoint) if checkpoint else None
+                )
         except Exception as problem:
             if isinstance(problem, CheckpointError) or not lost_contact(problem):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -37,6 +38,7 @@ REGISTER_PATCH = "register_patch.safetensors"
 REFINER_STATE = "refiner_state.json"
 OPTIMIZER_STATE = "optimizer.safetensors"
 SCHEDULER_STATE = "scheduler.safetensors"
+TRAINER_STATE = "trainer_state.json"
 STAGING = ".unfinished"
 METRICS = (*LOSS_TERMS, "theta", "clean_ratio", *FILTERS)
 
@@ -218,11 +220,37 @@ class RefinementTrainer(Trainer):
 
     # Checkpoints
 
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        batches = len(self.get_train_dataloader())
+        an_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        return math.ceil(self.args.num_train_epochs * max(1, an_epoch))
+
+    def restore_finished(self, folder: Path) -> bool:
+        """Take a checkpoint as the run's end if there is no step left to train.
+
+        `Trainer` would train one more. Returns whether that is so.
+        """
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
+        if state.global_step < self.planned_steps():
+            return False
+        self._check_shape_of_run(folder)
+        load_adapter(self.refiner.model, folder)
+        self.skipped.update(read_refiner_state(folder)["skipped"])
+        self.state = state
+        for entry in state.log_history:
+            found = {k: v for k, v in entry.items() if k in ("loss", *METRICS)}
+            self.last_metrics.update(found)
+        return True
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self._is_staging else folder
 
     _is_staging = False
+    _is_wrapped = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(super()._get_output_dir(trial))
@@ -271,7 +299,9 @@ class RefinementTrainer(Trainer):
     def save_adapter(self, folder: Path) -> None:
         """Write the trained adapter as PEFT does; to be called on every process."""
         weights: dict[str, Tensor] | None = None
-        if self.is_deepspeed_enabled:
+        if not self._is_wrapped:
+            pass
+        elif self.is_deepspeed_enabled:
             weights = whole_trainable(self.refiner)
         elif self.is_fsdp_enabled:
             weights = self.accelerator.get_state_dict(self.model)
@@ -351,6 +381,7 @@ class RefinementTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
+        self._is_wrapped = True
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             self._check_shape_of_run(folder)
@@ -520,7 +551,7 @@ def last_checkpoint_step(run: Path) -> int | None:
         int(folder.name.removeprefix("checkpoint-"))
         for folder in run.glob("checkpoint-*")
         if folder.name.removeprefix("checkpoint-").isdigit()
-        and (folder / "trainer_state.json").is_file()
+        and (folder / TRAINER_STATE).is_file()
     ]
     return max(steps, default=None)
 
