@@ -158,7 +158,12 @@ def test_a_stream_is_shared_out_and_goes_on_after_a_kill(launch, inputs, tmp_pat
     for part in range(3):
         table.shard(3, part).to_parquet(tmp_path / "data" / f"{part}.parquet")
     stream = {"data": tmp_path / "data", "streaming": "true", "max_images": 8}
-    stream |= {"max_steps": -1, "num_train_epochs": 3, "save_steps": 1}
+    stream |= {
+        "fault": "none:0:0",
+        "max_steps": -1,
+        "num_train_epochs": 3,
+        "save_steps": 1,
+    }
     lone = launch("single", tmp_path / "a", gradient_accumulation_steps=4, **stream)
     killed = launch("ddp", tmp_path / "b", **stream)
     killed.kill_at("checkpoint-3")
