@@ -43,7 +43,11 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_WIDTH, "num_register_tokens": 4},
     ),
     "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel", _WIDTH),
-    "metaclip_2_vision_model": ("MetaClip2VisionConfig", "MetaClip2VisionModel", _WIDTH),
+    "metaclip_2_vision_model": (
+        "MetaClip2VisionConfig",
+        "MetaClip2VisionModel",
+        _WIDTH,
+    ),
     "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel", _WIDTH),
     "siglip2_vision_model": ("Siglip2VisionConfig", "Siglip2VisionModel", _WIDTH),
     "vit": ("ViTConfig", "ViTModel", _WIDTH),
@@ -64,11 +68,6 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "tipsv2_vision_model": ("Tipsv2VisionConfig", "Tipsv2VisionModel", _RATIO),
     "beit": ("BeitConfig", "BeitModel", {**_WIDTH, "use_relative_position_bias": True}),
-    "data2vec-vision": (
-        "Data2VecVisionConfig",
-        "Data2VecVisionModel",
-        {**_WIDTH, "use_relative_position_bias": True},
-    ),
     "radio": ("RadioConfig", "RadioModel", {"mlp_ratio": 2.0, "max_img_size": 32}),
     "pixio": ("PixioConfig", "PixioModel", _RATIO),
     "unirefiner_eva_clip_vision": ("", "", _WIDTH),
@@ -85,8 +84,10 @@ def _build(family: str, options: dict[str, Any]) -> PreTrainedModel:
         config_class = getattr(transformers, config_name)
         model_class = getattr(transformers, model_name)
     if family == "siglip2_vision_model":
-        options["num_patches"] = (options.pop("image_size") // options["patch_size"]) ** 2
-    if family in ("beit",):
+        options["num_patches"] = (
+            options.pop("image_size") // options["patch_size"]
+        ) ** 2
+    if family == "beit":
         options["out_indices"] = [1]
     return model_class(config_class(**options, **extra))
 

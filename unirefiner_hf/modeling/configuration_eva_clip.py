@@ -66,7 +66,9 @@ class EvaClipVisionConfig(PreTrainedConfig):
         needed += ("num_attention_heads", "image_size", "patch_size")
         missing = [field for field in needed if field not in vision]
         if missing:
-            raise ValueError(f"the vision config of EVA-CLIP lacks {', '.join(missing)}.")
+            raise ValueError(
+                f"the vision config of EVA-CLIP lacks {', '.join(missing)}."
+            )
         kept = {
             field: vision[field]
             for field in cls.__dataclass_fields__

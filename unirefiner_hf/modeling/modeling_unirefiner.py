@@ -340,7 +340,8 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             )
         # Picked here: towers select states themselves from transformers 5.23 on only.
         wanted = self._wanted_states(output_hidden_states)
-        framed = self._frame(pixel_values, width)
+        # Most towers cast pixels themselves; ViT-MAE and RADIO do not.
+        framed = self._frame(pixel_values, width).to(self.tower.dtype)
         output = self.tower(
             **tower_inputs(self.family, framed, self.patch_size),
             return_dict=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ AutoModel.register(MetaClip2VisionConfig, MetaClip2VisionModel, exist_ok=True)
 AutoModel.register(EvaClipVisionConfig, EvaClipVisionModel, exist_ok=True)
 AutoModel.register(InternViTConfig, InternViTModel, exist_ok=True)
 
-QueriesKeys = dict[int, tuple[Tensor, Tensor]]
+QueriesKeys = Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -350,21 +350,6 @@ FAMILIES: dict[str, TowerFamily] = {
         other_parts=("pooler", "classifier", "lm_head", "layernorm"),
         note="without its pooler",
     ),
-    "data2vec-vision": TowerFamily(
-        checkpoints="facebook/data2vec-vision-*",
-        layers="encoder.layer",
-        query="attention.attention.query",
-        key="attention.attention.key",
-        prefix_tokens=1,
-        final_norm="layernorm",
-        norm_in_output=True,
-        norm_unless="use_mean_pooling",
-        interpolate=True,
-        without_pooler=True,
-        settings=(("drop_path_rate", 0.0),),
-        other_parts=("pooler", "classifier", "layernorm"),
-        note="without its pooler",
-    ),
     "radio": TowerFamily(
         checkpoints="nvidia/C-RADIO* converted to transformers",
         layers="encoder.layer",
@@ -375,7 +360,7 @@ FAMILIES: dict[str, TowerFamily] = {
         final_norm=None,
         norm_in_output=False,
         settings=(("drop_path_rate", 0.0),),
-        note="takes pixels in [0, 1]: a zero frame is black",
+        note="takes pixels in [0, 1], a zero frame is black; no reentrant checkpointing",
     ),
     "pixio": TowerFamily(
         checkpoints="facebook/pixio-*",
@@ -429,6 +414,10 @@ REFUSED: dict[str, str] = {
         "(EVA-02, PE)"
     ),
     "timm_backbone": "see timm_wrapper",
+    "data2vec-vision": (
+        "its attention in transformers does not go through the attention interface, so "
+        "eager attention cannot be chosen and reentrant checkpointing loses gradients"
+    ),
     "swin": _NOT_PLAIN,
     "swinv2": _NOT_PLAIN,
     "hiera": _NOT_PLAIN,
@@ -730,15 +719,13 @@ def record_queries_keys(
             f"no layer {wrong[0]} in a tower of {len(blocks)} layers "
             f"(0 to {len(blocks) - 1})."
         )
-    heads = tower.config.num_attention_heads
     queries: dict[int, Tensor] = {}
-    rotations: dict[int, tuple[Tensor, Tensor]] = {}
-    recorded: QueriesKeys = {}
+    recorded = _Recorded(tower.config.num_attention_heads)
     handles = []
 
     def keep_rotation(layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            rotations[layer] = tuple(kwargs["position_embeddings"])
+            recorded.rotations[layer] = tuple(kwargs["position_embeddings"])
 
         return hook
 
@@ -750,14 +737,7 @@ def record_queries_keys(
 
     def keep_key(layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            pair = (queries.pop(layer), output)
-            if family.rotary:
-                cosines, sines = rotations.pop(layer)
-                pair = (
-                    _rotate(pair[0], cosines, sines, heads),
-                    _rotate(pair[1], cosines, sines, heads),
-                )
-            recorded[layer] = pair
+            recorded.projections[layer] = (queries.pop(layer), output)
 
         return hook
 
@@ -779,6 +759,35 @@ def record_queries_keys(
             handle.remove()
 
 
+class _Recorded(Mapping[int, tuple[Tensor, Tensor]]):
+    """Layer -> (queries, keys), rotated when read.
+
+    Not in the hooks: what is computed inside a layer has to be recomputed there by
+    activation checkpointing, when the hooks are gone.
+    """
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.projections: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rotations: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        query, key = self.projections[layer]
+        if layer not in self.rotations:
+            return query, key
+        cosines, sines = self.rotations[layer]
+        return (
+            _rotate(query, cosines, sines, self.heads),
+            _rotate(key, cosines, sines, self.heads),
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.projections)
+
+    def __len__(self) -> int:
+        return len(self.projections)
+
+
 def _rotate(tokens: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
     """Rotary embedding of the last tokens, as many as there are angles.
 
@@ -797,7 +806,9 @@ def _rotate(tokens: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tenso
 
 def _layers(tower: PreTrainedModel, family: TowerFamily) -> nn.ModuleList:
     """The list of transformer layers, or a ValueError that says what is there."""
-    layers = _part(tower, family.layers)
+    # An adapter round the tower has a part named "model" of its own.
+    unwrapped = getattr(tower, "get_base_model", lambda: tower)()
+    layers = _part(unwrapped, family.layers)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(
             f"{family.layers!r} of {type(tower).__name__} is a "

@@ -44,9 +44,7 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def resized_positions(
-    table: Tensor, grid: tuple[int, int], native: int
-) -> Tensor:
+def resized_positions(table: Tensor, grid: tuple[int, int], native: int) -> Tensor:
     """Position embeddings of a grid, resized bicubically in float32 unless it is native.
 
     Args:
