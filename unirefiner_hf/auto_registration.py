@@ -19,6 +19,7 @@ CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
 MODELING_AUTO = "transformers.models.auto.modeling_auto"
 CONFIGURATION = f"{__package__}.modeling.configuration_unirefiner"
 MODELING = f"{__package__}.modeling.modeling_unirefiner"
+TOWERS = f"{__package__}.modeling.towers"
 
 
 def register_config() -> None:
@@ -46,8 +47,10 @@ def register() -> None:
 
     Once transformers' Auto classes are loaded, our module is imported; once our module
     is imported, its classes are registered. A module that is already being imported is
-    left to finish, and registered then.
+    left to finish, and registered then. The table of towers imports the Auto classes
+    itself; where it is imported first, the model follows it.
     """
+    _after_import(TOWERS, partial(_import_unless_started, MODELING))
     for auto, ours, action in (
         (CONFIGURATION_AUTO, CONFIGURATION, register_config),
         (MODELING_AUTO, MODELING, register_models),
@@ -57,8 +60,16 @@ def register() -> None:
 
 
 def _import_unless_started(name: str) -> None:
-    if name not in sys.modules:
-        importlib.import_module(name)
+    if name in sys.modules:
+        return
+    if name == MODELING and _unfinished(TOWERS):
+        return
+    importlib.import_module(name)
+
+
+def _unfinished(name: str) -> bool:
+    """Whether a module is being imported: its last definition is not there yet."""
+    return name in sys.modules and not hasattr(sys.modules[name], "__all__")
 
 
 def _after_import(name: str, action: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ from unirefiner_hf.modeling.modeling_unirefiner import (
     UniRefinerBackbone,
     UniRefinerModel,
 )
+from unirefiner_hf.modeling.towers import tower_inputs
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
@@ -66,7 +67,7 @@ def test_every_stage(family, apply_layernorm, tmp_path):
         output = backbone(images(), output_hidden_states=True)
         states = model(images(), output_hidden_states=True).hidden_states
         norm = torch.nn.Identity()
-        if apply_layernorm and family != "clip_vision_model":
+        if apply_layernorm and model.family.norms_output(model.tower.config):
             norm = model.tower.get_submodule(model.family.final_norm)
         expected = [norm(states[i]) for i in (0, 2, 4)]
     for ours, tokens in zip(output.feature_maps, expected, strict=True):
@@ -83,11 +84,11 @@ def test_sequences_with_a_readout_token(family, tmp_path):
         output = model(images())
         tokens = output.last_hidden_state
         framed = torch.nn.functional.pad(images(), (8, 8, 8, 8))
-        call = {"interpolate_pos_encoding": True} if model.family.interpolate else {}
-        whole = model.tower(framed, **call).last_hidden_state
+        whole = model.tower(**tower_inputs(model.family, framed, 4)).last_hidden_state
     assert sequence.shape == (2, 31, 32)
     assert torch.equal(sequence[:, 1:], tokens)
-    readout = tokens.mean(1) if family == "siglip_vision_model" else whole[:, 0]
+    prefix = model.family.num_prefix_tokens(model.tower.config)
+    readout = whole[:, 0] if prefix else tokens.mean(1)
     torch.testing.assert_close(sequence[:, 0], readout)
 
 

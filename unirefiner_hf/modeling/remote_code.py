@@ -6,7 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
-from . import configuration_unirefiner, modeling_unirefiner, registers, towers
+from . import (
+    configuration_eva_clip,
+    configuration_intern_vit,
+    configuration_unirefiner,
+    modeling_eva_clip,
+    modeling_intern_vit,
+    modeling_unirefiner,
+    registers,
+    towers,
+    vit_parts,
+)
 from .configuration_unirefiner import UniRefinerConfig
 
 AUTO_MAP = {
@@ -15,7 +25,17 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_unirefiner.UniRefinerBackbone",
 }
 
-FLAT_MODULES = (configuration_unirefiner, modeling_unirefiner, registers, towers)
+FLAT_MODULES = (
+    configuration_unirefiner,
+    configuration_eva_clip,
+    configuration_intern_vit,
+    modeling_unirefiner,
+    modeling_eva_clip,
+    modeling_intern_vit,
+    registers,
+    towers,
+    vit_parts,
+)
 
 
 def save_remote_code(folder: str | Path) -> list[Path]:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
-QueriesKeys = dict[int, tuple[Tensor, Tensor]]
+from .configuration_eva_clip import EvaClipVisionConfig
+from .configuration_intern_vit import InternViTConfig
+from .modeling_eva_clip import EvaClipVisionModel
+from .modeling_intern_vit import InternViTModel
+
+# transformers has this class, but its AutoModel does not know it.
+AutoModel.register(MetaClip2VisionConfig, MetaClip2VisionModel, exist_ok=True)
+AutoModel.register(EvaClipVisionConfig, EvaClipVisionModel, exist_ok=True)
+AutoModel.register(InternViTConfig, InternViTModel, exist_ok=True)
+
+QueriesKeys = Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -20,43 +39,73 @@ class TowerFamily:
     """How one vision family is called and where its parts are.
 
     Attributes:
+        checkpoints: where such towers are published, for the table of support.
         layers: path of the list of transformer layers.
-        query: path of the query projection inside a layer.
-        key: path of the key projection inside a layer.
+        query: path, inside a layer, of the module whose output is the queries before
+            any rotary embedding: the projection, or the norm after it.
+        key: the same for the keys.
         prefix_tokens: tokens in front of the patch tokens, always there.
-        prefix_field: config field that counts further prefix tokens.
+        prefix_fields: config fields that count further prefix tokens.
+        rotary: queries and keys are rotated by the ``position_embeddings`` (cosines and
+            sines, halves paired) that the attention module is given.
         interpolate: the tower takes ``interpolate_pos_encoding=True`` (and needs it
             for every grid but its own); False: it resizes its positions unasked.
-        final_norm: path of the tower's last layer norm.
+        final_norm: path of the tower's last layer norm; None if it has none.
         norm_in_output: ``last_hidden_state`` went through `final_norm`.
+        norm_unless: config field that, when true, takes the last norm out.
         pooling_head: path of a head that attends over all patch tokens, so that the
             pooled output has to be taken again without the frame. None: the pooled
             output is read from a prefix token, as the tower returns it.
         pooling_head_field: config field that says whether the tower has that head; a
             config without the field (SigLIP before transformers 5.23) has it.
+        without_pooler: the tower is built without its pooler, whose weights most
+            published checkpoints lack.
+        settings: config fields and the value that takes chance out of a pass in
+            training mode; set on every tower.
+        requires: config fields and the value that is needed, then why.
+        takes_patches: the tower is given patches and their grid, not an image (NaFlex).
+        shuffles: the tower orders its patches by ``noise``, which is given in order.
         dual_encoder: ``model_type`` of image-text checkpoints that hold this tower.
-        dual_encoder_rest: first parts of the weight names in such a checkpoint that
-            belong to its other half.
+        other_parts: first parts of the weight names in a published checkpoint that
+            belong to no part of the tower: the other half, or heads of its training.
+        note: what a user should know, for the table of support.
     """
 
+    checkpoints: str
     layers: str
     query: str
     key: str
     prefix_tokens: int
-    final_norm: str
+    final_norm: str | None
     norm_in_output: bool
+    norm_unless: str | None = None
     interpolate: bool = False
-    prefix_field: str | None = None
+    prefix_fields: tuple[str, ...] = ()
+    rotary: bool = False
     pooling_head: str | None = None
     pooling_head_field: str | None = None
+    without_pooler: bool = False
+    settings: tuple[tuple[str, float | None], ...] = ()
+    requires: tuple[tuple[str, bool, str], ...] = ()
+    takes_patches: bool = False
+    shuffles: bool = False
     dual_encoder: str | None = None
-    dual_encoder_rest: tuple[str, ...] = ()
+    other_parts: tuple[str, ...] = ()
+    note: str = ""
 
     def num_prefix_tokens(self, config: PreTrainedConfig) -> int:
         """Tokens in front of the patch tokens of a tower with this config."""
-        if self.prefix_field is None:
-            return self.prefix_tokens
-        return self.prefix_tokens + getattr(config, self.prefix_field)
+        return self.prefix_tokens + sum(getattr(config, f) for f in self.prefix_fields)
+
+    def norm_path(self, config: PreTrainedConfig) -> str | None:
+        """Path of the last layer norm of a tower with this config, None without one."""
+        if self.norm_unless is not None and getattr(config, self.norm_unless):
+            return None
+        return self.final_norm
+
+    def norms_output(self, config: PreTrainedConfig) -> bool:
+        """Whether ``last_hidden_state`` went through the last layer norm."""
+        return self.norm_in_output and self.norm_path(config) is not None
 
     def pools_over_patches(self, config: PreTrainedConfig) -> bool:
         """Whether a tower with this config has the head at `pooling_head`."""
@@ -66,25 +115,50 @@ class TowerFamily:
         return field is None or not hasattr(config, field) or getattr(config, field)
 
 
+_DUAL_REST = ("text_model", "text_projection", "visual_projection", "logit_scale")
+
 FAMILIES: dict[str, TowerFamily] = {
     "dinov2": TowerFamily(
+        checkpoints="facebook/dinov2-*",
         layers="encoder.layer",
         query="attention.q_proj",
         key="attention.k_proj",
         prefix_tokens=1,
         final_norm="layernorm",
         norm_in_output=True,
+        settings=(("drop_path_rate", 0.0),),
     ),
     "dinov2_with_registers": TowerFamily(
+        checkpoints="facebook/dinov2-with-registers-*",
         layers="encoder.layer",
         query="attention.q_proj",
         key="attention.k_proj",
         prefix_tokens=1,
-        prefix_field="num_register_tokens",
+        prefix_fields=("num_register_tokens",),
         final_norm="layernorm",
         norm_in_output=True,
+        settings=(("drop_path_rate", 0.0),),
+    ),
+    "dinov3_vit": TowerFamily(
+        checkpoints="facebook/dinov3-vit*",
+        layers="model.layer",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        rotary=True,
+        prefix_tokens=1,
+        prefix_fields=("num_register_tokens",),
+        final_norm="norm",
+        norm_in_output=True,
+        settings=(
+            ("pos_embed_shift", None),
+            ("pos_embed_jitter", None),
+            ("pos_embed_rescale", None),
+            ("drop_path_rate", 0.0),
+        ),
+        note="positions are relative to the framed grid",
     ),
     "clip_vision_model": TowerFamily(
+        checkpoints="openai/clip-vit-*, laion/CLIP-*",
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
@@ -93,14 +167,22 @@ FAMILIES: dict[str, TowerFamily] = {
         norm_in_output=False,
         interpolate=True,
         dual_encoder="clip",
-        dual_encoder_rest=(
-            "text_model",
-            "text_projection",
-            "visual_projection",
-            "logit_scale",
-        ),
+        other_parts=_DUAL_REST,
+    ),
+    "metaclip_2_vision_model": TowerFamily(
+        checkpoints="facebook/metaclip-2-*",
+        layers="encoder.layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        prefix_tokens=1,
+        final_norm="post_layernorm",
+        norm_in_output=False,
+        interpolate=True,
+        dual_encoder="metaclip_2",
+        other_parts=_DUAL_REST,
     ),
     "siglip_vision_model": TowerFamily(
+        checkpoints="google/siglip-*, fixed-size google/siglip2-*",
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
@@ -111,10 +193,240 @@ FAMILIES: dict[str, TowerFamily] = {
         pooling_head="head",
         pooling_head_field="vision_use_head",
         dual_encoder="siglip",
-        dual_encoder_rest=("text_model", "logit_scale", "logit_bias"),
+        other_parts=("text_model", "logit_scale", "logit_bias"),
+    ),
+    "siglip2_vision_model": TowerFamily(
+        checkpoints="google/siglip2-*-naflex",
+        layers="encoder.layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        prefix_tokens=0,
+        final_norm="post_layernorm",
+        norm_in_output=True,
+        takes_patches=True,
+        pooling_head="head",
+        pooling_head_field="vision_use_head",
+        dual_encoder="siglip2",
+        other_parts=("text_model", "logit_scale", "logit_bias"),
+        note="given images of one size a batch; cut into patches inside",
+    ),
+    "vit": TowerFamily(
+        checkpoints="google/vit-*, facebook/dino-vit*",
+        layers="layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=1,
+        final_norm="layernorm",
+        norm_in_output=True,
+        interpolate=True,
+        without_pooler=True,
+        other_parts=("pooler", "classifier", "decoder"),
+        note="without its pooler",
+    ),
+    "deit": TowerFamily(
+        checkpoints="facebook/deit-*",
+        layers="layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=2,
+        final_norm="layernorm",
+        norm_in_output=True,
+        interpolate=True,
+        without_pooler=True,
+        other_parts=(
+            "pooler",
+            "classifier",
+            "cls_classifier",
+            "distillation_classifier",
+            "decoder",
+        ),
+        note="distilled checkpoints; without its pooler",
+    ),
+    "vit_mae": TowerFamily(
+        checkpoints="facebook/vit-mae-*",
+        layers="layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=1,
+        final_norm="layernorm",
+        norm_in_output=True,
+        interpolate=True,
+        shuffles=True,
+        settings=(("mask_ratio", 0.0),),
+        other_parts=("decoder",),
+        note="its random masking is off",
+    ),
+    "vit_msn": TowerFamily(
+        checkpoints="facebook/vit-msn-*",
+        layers="layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=1,
+        final_norm="layernorm",
+        norm_in_output=True,
+        interpolate=True,
+        other_parts=("classifier",),
+    ),
+    "ijepa": TowerFamily(
+        checkpoints="facebook/ijepa_*",
+        layers="layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=0,
+        final_norm="layernorm",
+        norm_in_output=True,
+        interpolate=True,
+        without_pooler=True,
+        other_parts=("pooler", "classifier"),
+        note="without its pooler",
+    ),
+    "mlcd_vision_model": TowerFamily(
+        checkpoints="DeepGlint-AI/mlcd-vit-*, DeepGlint-AI/rice-vit-*",
+        layers="encoder.layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        rotary=True,
+        prefix_tokens=1,
+        final_norm="post_layernorm",
+        norm_in_output=False,
+    ),
+    "internvl_vision": TowerFamily(
+        checkpoints="the vision tower of OpenGVLab/InternVL*-hf",
+        layers="encoder.layer",
+        query="attention.q_norm",
+        key="attention.k_norm",
+        prefix_tokens=1,
+        final_norm="layernorm",
+        norm_in_output=True,
+        norm_unless="use_mean_pooling",
+    ),
+    "aimv2_vision_model": TowerFamily(
+        checkpoints="apple/aimv2-large-patch14-native",
+        layers="encoder.layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=0,
+        final_norm="rms_norm",
+        norm_in_output=True,
+        pooling_head="head",
+        pooling_head_field="use_head",
+        requires=(
+            (
+                "is_native",
+                True,
+                "its learned positions fit one grid only, and a frame makes another: "
+                "use a native-resolution AIMv2",
+            ),
+        ),
+        dual_encoder="aimv2",
+        other_parts=_DUAL_REST,
+        note="native resolution only",
+    ),
+    "tipsv2_vision_model": TowerFamily(
+        checkpoints="google/tipsv2-*",
+        layers="encoder.layer",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=1,
+        prefix_fields=("num_register_tokens",),
+        final_norm="layernorm",
+        norm_in_output=True,
+        settings=(("drop_path_rate", 0.0),),
+        dual_encoder="tipsv2",
+        other_parts=("text_model", "temperature"),
+    ),
+    "beit": TowerFamily(
+        checkpoints="microsoft/beit-*",
+        layers="layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=1,
+        final_norm="layernorm",
+        norm_in_output=True,
+        norm_unless="use_mean_pooling",
+        interpolate=True,
+        without_pooler=True,
+        settings=(("drop_path_rate", 0.0),),
+        other_parts=("pooler", "classifier", "lm_head", "layernorm"),
+        note="without its pooler",
+    ),
+    "radio": TowerFamily(
+        checkpoints="nvidia/C-RADIO* converted to transformers",
+        layers="encoder.layer",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=0,
+        prefix_fields=("num_cls_tokens", "num_registers"),
+        final_norm=None,
+        norm_in_output=False,
+        settings=(("drop_path_rate", 0.0),),
+        note="takes pixels in [0, 1], a zero frame is black; no reentrant checkpointing",
+    ),
+    "pixio": TowerFamily(
+        checkpoints="facebook/pixio-*",
+        layers="layers",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        prefix_tokens=0,
+        prefix_fields=("n_cls_tokens",),
+        final_norm="layernorm",
+        norm_in_output=True,
+        settings=(("drop_path_rate", 0.0),),
+    ),
+    EvaClipVisionConfig.model_type: TowerFamily(
+        checkpoints="BAAI/EVA-CLIP-8B, EVA-CLIP-8B-448, EVA-CLIP-18B",
+        layers="encoder.layers",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        prefix_tokens=1,
+        final_norm="post_layernorm",
+        norm_in_output=False,
+        other_parts=_DUAL_REST,
+        note="our own module; reads the published layout as safetensors",
+    ),
+    InternViTConfig.model_type: TowerFamily(
+        checkpoints="OpenGVLab/InternViT-6B-*, InternViT-300M-*",
+        layers="encoder.layers",
+        query="attn.q_norm",
+        key="attn.k_norm",
+        prefix_tokens=1,
+        final_norm=None,
+        norm_in_output=False,
+        note="our own module; reads the published layout; 45 layers of 48",
     ),
 }
 """Model type of the vision config -> family."""
+
+_NOT_PLAIN = (
+    "its layers work at several resolutions, so it has no token per patch to refine"
+)
+
+REFUSED: dict[str, str] = {
+    "sam3_vit_model": (
+        "its attention runs in windows over a square grid: a frame would move every "
+        "window, and oblong images are not taken"
+    ),
+    "sam3": "see sam3_vit_model",
+    "sam3_vision_model": "see sam3_vit_model",
+    "timm_wrapper": (
+        "timm needs torchvision, which breaks beside a PyTorch of another build and is "
+        "no dependency of this package, so no test here could prove such a tower "
+        "(EVA-02, PE)"
+    ),
+    "timm_backbone": "see timm_wrapper",
+    "data2vec-vision": (
+        "its attention in transformers does not go through the attention interface, so "
+        "eager attention cannot be chosen and reentrant checkpointing loses gradients"
+    ),
+    "swin": _NOT_PLAIN,
+    "swinv2": _NOT_PLAIN,
+    "hiera": _NOT_PLAIN,
+    "convnext": _NOT_PLAIN,
+    "convnextv2": _NOT_PLAIN,
+    "dinov3_convnext": _NOT_PLAIN,
+    "resnet": _NOT_PLAIN,
+}
+"""Model type -> why such a tower is refused."""
 
 DUAL_ENCODERS: dict[str, str] = {
     family.dual_encoder: model_type
@@ -133,9 +445,10 @@ def family_of(config: PreTrainedConfig) -> TowerFamily:
     model_type = DUAL_ENCODERS.get(config.model_type, config.model_type)
     if model_type not in FAMILIES:
         supported = ", ".join(sorted([*FAMILIES, *DUAL_ENCODERS]))
+        reason = REFUSED.get(model_type)
         raise ValueError(
-            f"model_type {config.model_type!r} is not a supported vision tower. "
-            f"Supported: {supported}."
+            f"model_type {config.model_type!r} is not a supported vision tower"
+            f"{f': {reason}' if reason else ''}. Supported: {supported}."
         )
     return FAMILIES[model_type]
 
@@ -154,69 +467,165 @@ def patch_size_of(config: PreTrainedConfig) -> int:
     return size[0]
 
 
+def image_size_of(config: PreTrainedConfig) -> int:
+    """Side in pixels of the images a tower was pretrained on.
+
+    A NaFlex config counts patches; the side is that of as many in a square.
+    """
+    if family_of(config).takes_patches:
+        return math.isqrt(config.num_patches) * patch_size_of(config)
+    size = config.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+def tower_config(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Config of a checkpoint; published EVA-CLIP and InternViT give those of this package.
+
+    Raises:
+        ValueError: a variant of them that is not supported.
+    """
+    published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    for kind in (EvaClipVisionConfig, InternViTConfig):
+        if kind.describes(published):
+            return kind.from_published(published)
+    return AutoConfig.from_pretrained(
+        name_or_path, revision=revision, trust_remote_code=trust_remote_code
+    )
+
+
+def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A tower with fresh weights, without the pooler its family leaves out.
+
+    Raises:
+        ValueError: an unsupported family or variant.
+    """
+    family = family_of(config)
+    _check_requirements(config, family)
+    settle(config)
+    return AutoModel.from_config(config, **_build_options(family))
+
+
+def settle(config: PreTrainedConfig) -> None:
+    """Take chance out of training mode: masking, moved positions, dropped layers.
+
+    Student and teacher are compared token by token, so a pass must not draw its own.
+    """
+    for field, value in family_of(config).settings:
+        setattr(config, field, value)
+
+
+def settle_tower(tower: PreTrainedModel) -> None:
+    """`settle` for a tower in memory; its pooler goes where the family leaves it out."""
+    settle(tower.config)
+    for module in tower.modules():
+        if type(module).__name__.endswith("DropPath"):
+            module.drop_prob = 0.0
+    if family_of(tower.config).without_pooler:
+        tower.pooler = None
+
+
+def tower_inputs(
+    family: TowerFamily, pixel_values: Tensor, patch_size: int
+) -> dict[str, Any]:
+    """What the tower is called with.
+
+    Args:
+        pixel_values: ``(batch, 3, height, width)``, framed.
+        patch_size: side of a patch in pixels.
+    """
+    batch, _, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    device = pixel_values.device
+    if family.takes_patches:
+        cells = pixel_values.unflatten(3, (columns, patch_size))
+        cells = cells.unflatten(2, (rows, patch_size))
+        # (batch, 3, rows, patch, columns, patch) -> channels last inside a patch
+        cells = cells.permute(0, 2, 4, 3, 5, 1)
+        shape = torch.tensor([[rows, columns]], device=device).expand(batch, 2)
+        return {
+            "pixel_values": cells.flatten(3).flatten(1, 2),
+            "pixel_attention_mask": torch.ones(
+                batch, rows * columns, dtype=torch.long, device=device
+            ),
+            "spatial_shapes": shape,
+        }
+    inputs: dict[str, Any] = {"pixel_values": pixel_values}
+    if family.interpolate:
+        inputs["interpolate_pos_encoding"] = True
+    if family.shuffles:
+        order = torch.arange(rows * columns, device=device, dtype=torch.float32)
+        inputs["noise"] = order.expand(batch, -1)
+    return inputs
+
+
 def load_tower(
     name_or_path: str,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
-    quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a vision tower; an image-text checkpoint gives its vision half.
 
     Args:
-        name_or_path: Hub name or folder of a checkpoint.
+        name_or_path: Hub name or folder of a checkpoint, weights as safetensors.
         revision: branch, tag or commit on the Hub.
         dtype: dtype of the weights; None keeps that of the checkpoint.
         attn_implementation: ``sdpa``, ``eager``, ...; None leaves it to transformers.
-        quantization_config: of transformers, for weights in fewer bits; None: none.
         trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
-        ValueError: an unsupported family, or weights that are missing from the
-            checkpoint, have another shape, or belong to no known part.
+        ValueError: an unsupported family, weights that are pickled, or weights that are
+            missing from the checkpoint, have another shape, or belong to no known part.
     """
-    config = AutoConfig.from_pretrained(
+    config = tower_config(
         name_or_path, revision=revision, trust_remote_code=trust_remote_code
     )
     family = family_of(config)
     dual = config.model_type in DUAL_ENCODERS
+    vision: Any = config.vision_config if dual else config
+    _check_requirements(vision, family)
+    settle(vision)
     verbosity = logging.get_verbosity()
-    if dual:
-        # The other half is left out on purpose; the check below replaces the report.
-        logging.set_verbosity_error()
+    # Other parts are left out on purpose; the check below replaces the report.
+    logging.set_verbosity_error()
     try:
         tower, report = AutoModel.from_pretrained(
             name_or_path,
-            config=config.vision_config if dual else config,
+            config=vision,
             revision=revision,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **_build_options(family),
         )
-    except OSError as error:
-        if "use_safetensors" not in str(error) and "model.bin" not in str(error):
+    except OSError as problem:
+        if "safetensors" not in str(problem):
             raise
         raise ValueError(
-            f"{name_or_path} holds no model.safetensors, and pickled weights, which can "
-            "run code, are not read. If you trust them, "
-            "AutoModel.from_pretrained(...).save_pretrained(folder) writes "
-            "safetensors; name that folder."
-        ) from error
+            f"{name_or_path} holds no safetensors weights; pickled ones are not read. "
+            "Convert them once: for each .bin file, "
+            "safetensors.torch.save_file(torch.load(file, weights_only=True), "
+            "file_with_safetensors_ending, metadata={'format': 'pt'}), and rename the "
+            f"files in the index likewise. ({problem})"
+        ) from problem
     finally:
         logging.set_verbosity(verbosity)
-    expected = family.dual_encoder_rest if dual else ()
+    prefix = f"{tower.base_model_prefix}."
+    unknown = {str(key).removeprefix(prefix) for key in report["unexpected_keys"]}
     problems = {
         "missing": sorted(report["missing_keys"]),
         "of another shape": sorted(str(key) for key in report["mismatched_keys"]),
         "unknown": sorted(
             key
-            for key in report["unexpected_keys"]
-            if key.split(".")[0] not in expected
+            for key in unknown
+            if key.split(".")[0] not in family.other_parts
+            and not _dropped_layer(key, family, vision)
         ),
     }
     if any(problems.values()):
@@ -233,6 +642,28 @@ def load_tower(
     return tower
 
 
+def _build_options(family: TowerFamily) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if family.without_pooler else {}
+
+
+def _check_requirements(config: PreTrainedConfig, family: TowerFamily) -> None:
+    for field, value, reason in family.requires:
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"a {config.model_type} with {field}={getattr(config, field)} is not "
+                f"supported: {reason}."
+            )
+
+
+def _dropped_layer(key: str, family: TowerFamily, config: PreTrainedConfig) -> bool:
+    """Whether a weight belongs to a layer that the config says was left out."""
+    published = getattr(config, "published_layers", None)
+    match = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", key)
+    if published is None or match is None:
+        return False
+    return config.num_hidden_layers <= int(match[1]) < published
+
+
 def check_tower(tower: PreTrainedModel) -> None:
     """Probe that a live tower is built as its family's table entry says.
 
@@ -242,6 +673,7 @@ def check_tower(tower: PreTrainedModel) -> None:
     config = tower.config
     family = family_of(config)
     patch_size_of(config)
+    _check_requirements(config, family)
     layers = _layers(tower, family)
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
@@ -251,7 +683,9 @@ def check_tower(tower: PreTrainedModel) -> None:
     for layer in layers:
         _part(layer, family.query)
         _part(layer, family.key)
-    _part(tower, family.final_norm)
+    norm = family.norm_path(config)
+    if norm is not None:
+        _part(tower, norm)
     if family.pooling_head is not None and family.pools_over_patches(config):
         _part(tower, family.pooling_head)
 
@@ -286,9 +720,14 @@ def record_queries_keys(
             f"(0 to {len(blocks) - 1})."
         )
     queries: dict[int, Tensor] = {}
-    recorded: QueriesKeys = {}
+    recorded = _Recorded(tower.config.num_attention_heads)
     handles = []
-    compiled = {layer: blocks[layer]._compiled_call_impl for layer in layers}
+
+    def keep_rotation(layer: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            recorded.rotations[layer] = tuple(kwargs["position_embeddings"])
+
+        return hook
 
     def keep_query(layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -298,13 +737,18 @@ def record_queries_keys(
 
     def keep_key(layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            recorded[layer] = (queries.pop(layer), output)
+            recorded.projections[layer] = (queries.pop(layer), output)
 
         return hook
 
     try:
         for layer in layers:
-            blocks[layer]._compiled_call_impl = None
+            if family.rotary:
+                attention = _part(blocks[layer], family.query.rpartition(".")[0])
+                hook = keep_rotation(layer)
+                handles.append(
+                    attention.register_forward_pre_hook(hook, with_kwargs=True)
+                )
             query = _part(blocks[layer], family.query)
             key = _part(blocks[layer], family.key)
             handles.append(query.register_forward_hook(keep_query(layer)))
@@ -313,13 +757,58 @@ def record_queries_keys(
     finally:
         for handle in handles:
             handle.remove()
-        for layer, call in compiled.items():
-            blocks[layer]._compiled_call_impl = call
+
+
+class _Recorded(Mapping[int, tuple[Tensor, Tensor]]):
+    """Layer -> (queries, keys), rotated when read.
+
+    Not in the hooks: what is computed inside a layer has to be recomputed there by
+    activation checkpointing, when the hooks are gone.
+    """
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.projections: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rotations: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        query, key = self.projections[layer]
+        if layer not in self.rotations:
+            return query, key
+        cosines, sines = self.rotations[layer]
+        return (
+            _rotate(query, cosines, sines, self.heads),
+            _rotate(key, cosines, sines, self.heads),
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.projections)
+
+    def __len__(self) -> int:
+        return len(self.projections)
+
+
+def _rotate(tokens: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
+    """Rotary embedding of the last tokens, as many as there are angles.
+
+    Args:
+        tokens: ``(batch, tokens, channels)``, heads side by side.
+        cosines, sines: ``(rotated, head_size)``; the halves of a head are pairs.
+    """
+    cosines, sines = cosines.float().unsqueeze(1), sines.float().unsqueeze(1)
+    split = tokens.unflatten(-1, (heads, -1))
+    plain = split.shape[1] - cosines.shape[0]
+    rest = split[:, plain:].float()
+    first, second = rest.chunk(2, dim=-1)
+    rotated = rest * cosines + torch.cat([-second, first], dim=-1) * sines
+    return torch.cat([split[:, :plain], rotated.to(tokens.dtype)], dim=1).flatten(2)
 
 
 def _layers(tower: PreTrainedModel, family: TowerFamily) -> nn.ModuleList:
     """The list of transformer layers, or a ValueError that says what is there."""
-    layers = _part(tower, family.layers)
+    # An adapter round the tower has a part named "model" of its own.
+    unwrapped = getattr(tower, "get_base_model", lambda: tower)()
+    layers = _part(unwrapped, family.layers)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(
             f"{family.layers!r} of {type(tower).__name__} is a "
@@ -337,3 +826,23 @@ def _part(module: nn.Module, path: str) -> nn.Module:
             f"{type(module).__name__} has no module {path!r}, which the table of "
             f"families expects ({error})."
         ) from error
+
+
+# The last name on purpose: `auto_registration` reads from it that this module is whole.
+__all__ = [
+    "DUAL_ENCODERS",
+    "FAMILIES",
+    "REFUSED",
+    "QueriesKeys",
+    "TowerFamily",
+    "build_tower",
+    "check_tower",
+    "family_of",
+    "image_size_of",
+    "load_tower",
+    "patch_size_of",
+    "record_queries_keys",
+    "settle_tower",
+    "tower_config",
+    "tower_inputs",
+]
