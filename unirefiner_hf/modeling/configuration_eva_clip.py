@@ -62,7 +62,11 @@ class EvaClipVisionConfig(PreTrainedConfig):
                     f"this EVA-CLIP has {field}=true, which is not supported: EVA-CLIP-8B "
                     "and EVA-CLIP-18B are."
                 )
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        needed: tuple[str, ...] = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+        )
         needed += ("num_attention_heads", "image_size", "patch_size")
         missing = [field for field in needed if field not in vision]
         if missing:

@@ -63,7 +63,11 @@ class InternViTConfig(PreTrainedConfig):
         Raises:
             ValueError: a field this tower needs is missing.
         """
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        needed: tuple[str, ...] = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+        )
         needed += ("num_attention_heads", "image_size", "patch_size")
         missing = [field for field in needed if field not in published]
         if missing:

@@ -163,7 +163,8 @@ class EvaClipVisionModel(PreTrainedModel):
             bool(output_hidden_states or self.config.output_hidden_states),
             bool(output_attentions or self.config.output_attentions),
         )
-        output.pooler_output = self.post_layernorm(output.last_hidden_state[:, 0])
+        start = output.last_hidden_state[:, 0]  # type: ignore[index]
+        output.pooler_output = self.post_layernorm(start)
         return output
 
 

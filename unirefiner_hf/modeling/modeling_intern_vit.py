@@ -164,7 +164,7 @@ class InternViTModel(PreTrainedModel):
             bool(output_hidden_states or self.config.output_hidden_states),
             bool(output_attentions or self.config.output_attentions),
         )
-        output.pooler_output = output.last_hidden_state[:, 0]
+        output.pooler_output = output.last_hidden_state[:, 0]  # type: ignore[index]
         return output
 
 

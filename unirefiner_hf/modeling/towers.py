@@ -521,9 +521,9 @@ def settle_tower(tower: PreTrainedModel) -> None:
     settle(tower.config)
     for module in tower.modules():
         if type(module).__name__.endswith("DropPath"):
-            module.drop_prob = 0.0
+            module.drop_prob = 0.0  # type: ignore[assignment]
     if family_of(tower.config).without_pooler:
-        tower.pooler = None
+        tower.pooler = None  # type: ignore[assignment]
 
 
 def tower_inputs(
@@ -566,6 +566,7 @@ def load_tower(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a vision tower; an image-text checkpoint gives its vision half.
@@ -575,6 +576,7 @@ def load_tower(
         revision: branch, tag or commit on the Hub.
         dtype: dtype of the weights; None keeps that of the checkpoint.
         attn_implementation: ``sdpa``, ``eager``, ...; None leaves it to transformers.
+        quantization_config: of transformers, for weights in fewer bits; None: none.
         trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
@@ -599,13 +601,14 @@ def load_tower(
             revision=revision,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             **_build_options(family),
         )
     except OSError as problem:
-        if "safetensors" not in str(problem):
+        if "safetensors" not in str(problem) and "model.bin" not in str(problem):
             raise
         raise ValueError(
             f"{name_or_path} holds no safetensors weights; pickled ones are not read. "
@@ -722,6 +725,7 @@ def record_queries_keys(
     queries: dict[int, Tensor] = {}
     recorded = _Recorded(tower.config.num_attention_heads)
     handles = []
+    compiled = {layer: blocks[layer]._compiled_call_impl for layer in layers}
 
     def keep_rotation(layer: int):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -743,6 +747,7 @@ def record_queries_keys(
 
     try:
         for layer in layers:
+            blocks[layer]._compiled_call_impl = None
             if family.rotary:
                 attention = _part(blocks[layer], family.query.rpartition(".")[0])
                 hook = keep_rotation(layer)
@@ -757,6 +762,8 @@ def record_queries_keys(
     finally:
         for handle in handles:
             handle.remove()
+        for layer, call in compiled.items():
+            blocks[layer]._compiled_call_impl = call
 
 
 class _Recorded(Mapping[int, tuple[Tensor, Tensor]]):
