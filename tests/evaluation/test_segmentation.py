@@ -328,6 +328,27 @@ def test_evaluate_prints_one_table_and_leaves_results(
     assert len(read_results(tmp_path / "mine" / "merged" / "evaluation.json")) == 4
 
 
+def test_methods_of_checkpoints(tower_folder, tmp_path):
+    bare = save_refined(tmp_path / "bare", tower_folder)
+    other = save_refined(tmp_path / "run", tower_folder, "ph_reg")
+    plain = save_refined(tmp_path / "control", tower_folder, "plain")
+    found = [
+        load_checkpoint(str(p))
+        for p in (tower_folder, bare, other.parent, other, plain)
+    ]
+    assert [c.method for c in found] == [
+        None,
+        "unirefiner",
+        "ph_reg",
+        "ph_reg",
+        "plain",
+    ]
+    names = [tower_folder.name, "bare", "ph_reg", "ph_reg", "plain distillation"]
+    assert [c.name for c in found] == names
+    assert [c.needs_controls for c in found] == [False, True, True, True, False]
+    assert [c.register_width for c in found] == [0, 1, 1, 1, 0]
+
+
 def test_a_missing_control_is_said(tower_folder, scenes, tmp_path, capsys):
     save_refined(tmp_path / "mine", tower_folder, "unirefiner")
     words = ["evaluate", str(tower_folder), str(tmp_path / "mine"), "--data"]

@@ -36,8 +36,9 @@ class Checkpoint:
         mean, std: of each channel, as its image processor normalises.
         register_width: frame in patches it is measured with.
         folder: where its ``evaluation.json`` goes; None for a Hub id.
-        method: of the run that made it, such as ``unirefiner`` or ``plain``; None if
-            unknown.
+        method: of the run that made it, such as ``unirefiner`` or ``plain``; None for a
+            tower as it was published. A framed checkpoint without a record counts as
+            ``unirefiner``.
     """
 
     name: str
@@ -47,6 +48,11 @@ class Checkpoint:
     register_width: int
     folder: Path | None = None
     method: str | None = None
+
+    @property
+    def needs_controls(self) -> bool:
+        """Whether it is a result, neither a base nor a control."""
+        return self.method not in (None, "plain")
 
     @property
     def patch_size(self) -> int:
@@ -121,7 +127,7 @@ def load_checkpoint(
             record = json.loads((run / RECORD).read_text(encoding="utf-8"))
             method = record["method"]["name"]
         location, folder = str(path), path
-        short = METHOD_NAMES.get(method or "", path.resolve().name)
+        short = METHOD_NAMES.get(method or "", method or path.resolve().name)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise CheckpointMismatchError(f"{source}: there is no such folder.")
     else:
@@ -131,6 +137,7 @@ def load_checkpoint(
     if config.model_type == UniRefinerConfig.model_type:
         model = UniRefinerModel.from_pretrained(location, dtype=dtype)
         width = model.config.register_width
+        method = method or "unirefiner"
     else:
         tower = load_tower(location, dtype=dtype, trust_remote_code=trust_remote_code)
         if final_norm is None:

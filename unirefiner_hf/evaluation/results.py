@@ -122,7 +122,7 @@ class Comparison:
 
     def missing_controls(self) -> list[str]:
         """Controls without which a gain of a refined model says little."""
-        refined = [c for c, _ in self.rows if c.method == "unirefiner"]
+        refined = [c for c, _ in self.rows if c.needs_controls]
         plain = [c for c, _ in self.rows if c.method == "plain"]
         framed = [c for c, _ in self.rows if c.method is None and c.register_width]
         missing = []
@@ -190,7 +190,7 @@ class Comparison:
             cells.append(self._gap(row, 0, main) if row else "")
             lines.append(f"| {checkpoint.name} | " + " | ".join(cells) + " |")
         for row, (checkpoint, _) in enumerate(self.rows):
-            if checkpoint.method != "unirefiner":
+            if not checkpoint.needs_controls:
                 continue
             for other, (control, _) in enumerate(self.rows):
                 if other not in (0, row):
