@@ -31,6 +31,12 @@ AutoModel.register(MetaClip2VisionConfig, MetaClip2VisionModel, exist_ok=True)
 AutoModel.register(EvaClipVisionConfig, EvaClipVisionModel, exist_ok=True)
 AutoModel.register(InternViTConfig, InternViTModel, exist_ok=True)
 
+# By name: where this code came with a checkpoint, config classes may be loaded twice.
+_OWN = {
+    EvaClipVisionConfig.model_type: EvaClipVisionModel,
+    InternViTConfig.model_type: InternViTModel,
+}
+
 QueriesKeys = Mapping[int, tuple[Tensor, Tensor]]
 
 
@@ -504,6 +510,9 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     family = family_of(config)
     _check_requirements(config, family)
     settle(config)
+    own: Any = _OWN.get(config.model_type)
+    if own is not None:
+        return own._from_config(config)
     return AutoModel.from_config(config, **_build_options(family))
 
 
