@@ -620,7 +620,7 @@ def load_tower(
         if "safetensors" not in str(problem) and "model.bin" not in str(problem):
             raise
         raise ValueError(
-            f"{name_or_path} holds no safetensors weights; pickled ones are not read. "
+            f"{name_or_path} holds no safetensors, and pickled weights can run code. "
             "Convert them once: for each .bin file, "
             "safetensors.torch.save_file(torch.load(file, weights_only=True), "
             "file_with_safetensors_ending, metadata={'format': 'pt'}), and rename the "
