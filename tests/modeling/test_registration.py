@@ -72,6 +72,8 @@ def test_public_names():
         "from unirefiner_hf import UniRefinerConfig",
         "from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerBackbone",
         "from transformers import AutoConfig; import unirefiner_hf",
+        "from unirefiner_hf.modeling.towers import load_tower",
+        "from unirefiner_hf.modeling.modeling_eva_clip import EvaClipVisionModel",
     ],
 )
 def test_any_first_import_in_a_fresh_process_registers(first):

@@ -58,6 +58,8 @@ def publish(folder, family="dinov2", **options):
     [
         ("dinov2", {"register_fill": "randn", "register_width": 2}),
         ("clip_vision_model", {"final_norm": True}),
+        ("unirefiner_eva_clip_vision", {}),
+        ("unirefiner_intern_vit", {}),
     ],
 )
 def test_fresh_process_without_the_package(family, options, tmp_path):
@@ -106,8 +108,13 @@ def test_saving_alone_copies_the_code_too(tmp_path):
     for name in (
         "modeling_unirefiner",
         "configuration_unirefiner",
+        "configuration_eva_clip",
+        "configuration_intern_vit",
+        "modeling_eva_clip",
+        "modeling_intern_vit",
         "registers",
         "towers",
+        "vit_parts",
     ):
         source = (here / f"{name}.py").read_text()
         assert (tmp_path / f"{name}.py").read_text() == source

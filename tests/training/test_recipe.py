@@ -32,6 +32,9 @@ PUBLISHED = {
     "siglip2/so400m-patch16-512": (512, 32, "zero", [10, 15], 0.3, 16, None),
     "siglip2/giant-opt-patch16-384": (512, 32, "zero", [20, 25], 1.0, 8, None),
     "clip/vit-g-14-laion2b": (448, 32, "randn", None, 0.3, 8, True),
+    "eva-clip/8b-448": (448, 32, "zero", [10, 15], 1.0, 2, False),
+    "internvit/6b-224": (448, 32, "zero", [29, 31], 1.0, 2, None),
+    "rice-vit/large-patch14-560": (560, 32, "zero", [9, 11], 0.3, 16, None),
 }
 NEEDED = {"model": ["tower"], "data": ["photos"], "output_dir": ["run"]}
 
@@ -65,7 +68,7 @@ def test_every_recipe_is_valid_and_its_launch_command_runs_it(name):
     model, data, method, training = build_arguments(values, DATACLASSES)
     assert data.data == "path/to/images"
     assert training.output_dir.startswith("runs/")
-    patch = re.search(r"patch-?(\d+)|-g-(14)", model.model)
+    patch = re.search(r"patch-?(\d+)|-g-(14)|dinov3-vit[a-z](\d+)", model.model)
     side = int(next(filter(None, patch.groups()))) if patch else 14
     assert model.image_size % side == 0
 
@@ -86,6 +89,13 @@ def test_published_numbers(name):
     assert (model.lora_rank, model.lora_alpha, model.lora_dropout) == (8, 16, 0.1)
     assert (training.learning_rate, training.weight_decay) == (1e-4, 0.1)
     assert (training.num_train_epochs, training.lr_scheduler_type) == (2, "constant")
+
+
+def test_only_eva_clip_keeps_the_crop_as_its_target():
+    for name in PUBLISHED:
+        values = load_recipe(find_recipe(name), {"data": ["x"]}, DATACLASSES)
+        _, _, method, _ = build_arguments(values, DATACLASSES)
+        assert method.match_to_full_image == (name != "eva-clip/8b-448")
 
 
 @pytest.mark.parametrize("name", ["accelerate/single", "accelerate/ddp"])

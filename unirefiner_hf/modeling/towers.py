@@ -31,6 +31,12 @@ AutoModel.register(MetaClip2VisionConfig, MetaClip2VisionModel, exist_ok=True)
 AutoModel.register(EvaClipVisionConfig, EvaClipVisionModel, exist_ok=True)
 AutoModel.register(InternViTConfig, InternViTModel, exist_ok=True)
 
+# By name: where this code came with a checkpoint, config classes may be loaded twice.
+_OWN = {
+    EvaClipVisionConfig.model_type: EvaClipVisionModel,
+    InternViTConfig.model_type: InternViTModel,
+}
+
 QueriesKeys = Mapping[int, tuple[Tensor, Tensor]]
 
 
@@ -504,6 +510,9 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     family = family_of(config)
     _check_requirements(config, family)
     settle(config)
+    own: Any = _OWN.get(config.model_type)
+    if own is not None:
+        return own._from_config(config)
     return AutoModel.from_config(config, **_build_options(family))
 
 
@@ -611,7 +620,7 @@ def load_tower(
         if "safetensors" not in str(problem) and "model.bin" not in str(problem):
             raise
         raise ValueError(
-            f"{name_or_path} holds no safetensors weights; pickled ones are not read. "
+            f"{name_or_path} holds no safetensors, and pickled weights can run code. "
             "Convert them once: for each .bin file, "
             "safetensors.torch.save_file(torch.load(file, weights_only=True), "
             "file_with_safetensors_ending, metadata={'format': 'pt'}), and rename the "

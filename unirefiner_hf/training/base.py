@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import DUAL_ENCODERS, family_of, load_tower
+from ..modeling.towers import DUAL_ENCODERS, family_of, load_tower, tower_config
 from ..starter import LICENSE, NAME, starter_tower
 from .arguments import ModelArguments
 from .float8 import use_float8
@@ -111,7 +111,7 @@ def tower_without_weights(model_args: ModelArguments) -> PreTrainedModel:
         ValueError: an unsupported family.
     """
     source, _ = base_source(model_args)
-    config = AutoConfig.from_pretrained(
+    config = tower_config(
         source,
         revision=model_args.revision,
         trust_remote_code=model_args.trust_remote_code,
