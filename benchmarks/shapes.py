@@ -11,9 +11,14 @@ from typing import Any
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    DINOv3ViTConfig,
+    MLCDVisionConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
 )
+
+from unirefiner_hf.modeling.configuration_eva_clip import EvaClipVisionConfig
+from unirefiner_hf.modeling.configuration_intern_vit import InternViTConfig
 
 
 def _dinov2(width: int, layers: int, heads: int, **more: Any) -> PreTrainedConfig:
@@ -28,7 +33,12 @@ def _dinov2(width: int, layers: int, heads: int, **more: Any) -> PreTrainedConfi
 
 
 def _siglip(
-    width: int, layers: int, heads: int, mlp: int, image_size: int
+    width: int,
+    layers: int,
+    heads: int,
+    mlp: int,
+    image_size: int,
+    patch_size: int = 16,
 ) -> PreTrainedConfig:
     return SiglipVisionConfig(
         hidden_size=width,
@@ -36,7 +46,28 @@ def _siglip(
         num_attention_heads=heads,
         intermediate_size=mlp,
         image_size=image_size,
-        patch_size=16,
+        patch_size=patch_size,
+    )
+
+
+def _clip(width: int, layers: int, heads: int, mlp: int) -> PreTrainedConfig:
+    return CLIPVisionConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+        image_size=224,
+        patch_size=14,
+    )
+
+
+def _dinov3(width: int, layers: int, heads: int) -> PreTrainedConfig:
+    return DINOv3ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        num_register_tokens=4,
     )
 
 
@@ -48,6 +79,23 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "google/siglip2-base-patch16-512": _siglip(768, 12, 12, 3072, 512),
     "google/siglip2-so400m-patch16-512": _siglip(1152, 27, 16, 4304, 512),
     "google/siglip2-giant-opt-patch16-384": _siglip(1536, 40, 16, 6144, 384),
+    "google/siglip2-large-patch16-512": _siglip(1024, 24, 16, 4096, 512),
+    "google/siglip-base-patch16-512": _siglip(768, 12, 12, 3072, 512),
+    "google/siglip-so400m-patch14-384": _siglip(1152, 27, 16, 4304, 384, 14),
     "openai/clip-vit-base-patch16": CLIPVisionConfig(patch_size=16),
+    "openai/clip-vit-large-patch14": _clip(1024, 24, 16, 4096),
+    "laion/CLIP-ViT-g-14-laion2B-s12B-b42K": _clip(1408, 40, 16, 6144),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": _dinov3(768, 12, 12),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": _dinov3(1024, 24, 16),
+    "DeepGlint-AI/rice-vit-large-patch14-560": MLCDVisionConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        image_size=560,
+        patch_size=14,
+    ),
+    "BAAI/EVA-CLIP-8B-448": EvaClipVisionConfig(image_size=448),
+    "OpenGVLab/InternViT-6B-224px": InternViTConfig(image_size=224),
 }
 """Hub id -> config of its vision tower."""

@@ -43,7 +43,6 @@ from unirefiner_hf.spurious import composites
 from unirefiner_hf.spurious.diagnose import middle_layers
 from unirefiner_hf.training.lora import lora_targets
 
-
 PLAIN, OURS, RECOMPUTING = "plain", "ours", "ours with gradient checkpointing"
 COMPARED = ("seconds_a_step", "peak_memory_mb")
 

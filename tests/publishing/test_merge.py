@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, Siglip2ImageProcessorPil
 
 from tests.conftest import make_tiny_tower
 from tests.publishing.conftest import (
@@ -270,6 +270,16 @@ def test_the_learnable_frame_comes_along(save_run, tmp_path):
     loaded = AutoModel.from_pretrained(merge_run(run, tmp_path / "m", model=str(base)))
     assert torch.equal(loaded.register_patch, model.register_patch)
     torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-5, rtol=0)
+
+
+def test_a_processor_that_cuts_patches_gives_way():
+    naflex = Siglip2ImageProcessorPil(image_mean=[0.1, 0.2, 0.3], patch_size=4)
+    image = Image.new("RGB", (40, 30), "white")
+    assert naflex(image, return_tensors="pt")["pixel_values"].ndim == 3
+    pixels = resized_processor(naflex, SIZE)(image, return_tensors="pt")
+    assert pixels["pixel_values"].shape == (1, 3, SIZE, SIZE)
+    expected = preprocess(image, (SIZE, SIZE), [0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
+    torch.testing.assert_close(pixels["pixel_values"][0], expected)
 
 
 def test_an_evaluation_comes_along_where_it_fits(save_run, tmp_path):

@@ -15,6 +15,7 @@ from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import load_tower
 from ..starter import NAME as STARTER
 from ..starter import starter_tower
+from ..training.base import takes_final_norm
 
 RECORD, MERGED = "run.json", "merged"
 METHOD_NAMES = {"plain": "plain distillation", "unirefiner": "refined"}
@@ -141,7 +142,7 @@ def load_checkpoint(
     else:
         tower = load_tower(location, dtype=dtype, trust_remote_code=trust_remote_code)
         if final_norm is None:
-            final_norm = tower.config.model_type == "clip_vision_model"
+            final_norm = takes_final_norm(tower.config)
         model = UniRefinerModel.from_tower(
             tower, register_width=0, final_norm=final_norm
         )

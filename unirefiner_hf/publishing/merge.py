@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
+from transformers import SiglipImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
@@ -128,8 +129,14 @@ def export_refined(
 
 
 def resized_processor(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
-    """A copy that resizes whole images to ``size x size`` pixels, without cropping."""
+    """A copy that resizes whole images to ``size x size`` pixels, without cropping.
+
+    One that cuts patches (NaFlex) gives way to SigLIP's: the model takes images.
+    """
     resized: Any = copy.deepcopy(processor)
+    if "max_num_patches" in resized.to_dict():
+        names = ("image_mean", "image_std", "rescale_factor", "resample")
+        resized = SiglipImageProcessorPil(**{n: getattr(resized, n) for n in names})
     resized.size = {"height": size, "width": size}
     resized.do_resize = True
     if hasattr(resized, "do_center_crop"):

@@ -92,7 +92,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Apply the tower's last layer norm to the patch tokens of a family "
-            "whose output lacks it. Unset: on for CLIP, as published."
+            "whose output lacks it. Unset: on for CLIP, as published, and MetaCLIP 2."
         },
     )
     register_factor: int = field(

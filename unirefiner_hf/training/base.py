@@ -8,11 +8,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import DUAL_ENCODERS, family_of, load_tower, tower_config
+from ..modeling.towers import (
+    DUAL_ENCODERS,
+    family_of,
+    image_size_of,
+    load_tower,
+    tower_config,
+)
 from ..starter import LICENSE, NAME, starter_tower
 from .arguments import ModelArguments
 from .float8 import use_float8
@@ -171,13 +182,19 @@ def _normalisation(processor: Any, name: str) -> tuple[tuple[float, ...], ...]:
 def _final_norm(model_args: ModelArguments, tower: PreTrainedModel) -> bool:
     if model_args.final_norm is not None:
         return model_args.final_norm
-    return tower.config.model_type == "clip_vision_model"
+    return takes_final_norm(tower.config)
+
+
+def takes_final_norm(config: PreTrainedConfig) -> bool:
+    """Whether patch tokens go through the last norm unless said otherwise.
+
+    Published for CLIP; MetaCLIP 2 is the same tower.
+    """
+    return config.model_type in ("clip_vision_model", "metaclip_2_vision_model")
 
 
 def _image_size(asked: int | None, tower: PreTrainedModel, patch: int) -> int:
-    size = tower.config.image_size if asked is None else asked
-    if not isinstance(size, int):
-        size = min(size)
+    size = image_size_of(tower.config) if asked is None else asked
     if asked is None:
         size = size // patch * patch
     if size < patch or size % patch:
