@@ -382,14 +382,20 @@ def test_an_empty_folder_is_refused(arguments, tmp_path):
 
 
 def test_a_tower_not_in_the_table_is_refused(arguments, tmp_path, tower_folder):
-    from transformers import ViTConfig, ViTModel
+    from transformers import SwinConfig, SwinModel
 
-    tiny = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16
-    )
-    ViTModel(tiny).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="'?vit'?.*dinov2"):
-        refine(*arguments(model={"model": str(tmp_path / "vit")}))
+    tiny = SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=16)
+    SwinModel(tiny).save_pretrained(tmp_path / "swin")
+    with pytest.raises(ValueError, match="'?swin'?.*Supported: .*dinov2"):
+        refine(*arguments(model={"model": str(tmp_path / "swin")}))
+
+
+def test_a_tower_without_its_processor_is_refused(arguments, tmp_path):
+    make_tiny_tower("vit").save_pretrained(tmp_path / "private-vit")
+    with pytest.raises(
+        BaseError, match="private-vit has no usable preprocessor_config"
+    ):
+        refine(*arguments(model={"model": str(tmp_path / "private-vit")}))
 
 
 def test_the_base_is_not_touched(arguments, tower_folder):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import load_tower
 from ..starter import NAME as STARTER
 from ..starter import starter_tower
-from ..training.base import takes_final_norm
+from ..training.base import load_processor, takes_final_norm
 
 RECORD, MERGED = "run.json", "merged"
 METHOD_NAMES = {"plain": "plain distillation", "unirefiner": "refined"}
@@ -147,7 +147,7 @@ def load_checkpoint(
             tower, register_width=0, final_norm=final_norm
         )
         width = 0
-    processor = AutoImageProcessor.from_pretrained(location, **options).to_dict()
+    processor = load_processor(location, **options).to_dict()
     if not processor.get("image_mean") or not processor.get("image_std"):
         raise CheckpointMismatchError(
             f"The image processor of {source} states no image_mean and image_std."

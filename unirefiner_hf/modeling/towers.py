@@ -686,7 +686,7 @@ def check_tower(tower: PreTrainedModel) -> None:
     family = family_of(config)
     patch_size_of(config)
     _check_requirements(config, family)
-    layers = _layers(tower, family)
+    layers = layers_of(tower, family)
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
             f"{type(tower).__name__} has {len(layers)} layers at {family.layers!r}, "
@@ -724,7 +724,7 @@ def record_queries_keys(
         ValueError: a layer the tower does not have.
     """
     family = family_of(tower.config)
-    blocks = _layers(tower, family)
+    blocks = layers_of(tower, family)
     wrong = [layer for layer in layers if not 0 <= layer < len(blocks)]
     if wrong:
         raise ValueError(
@@ -820,8 +820,15 @@ def _rotate(tokens: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tenso
     return torch.cat([split[:, :plain], rotated.to(tokens.dtype)], dim=1).flatten(2)
 
 
-def _layers(tower: PreTrainedModel, family: TowerFamily) -> nn.ModuleList:
-    """The list of transformer layers, or a ValueError that says what is there."""
+def layers_of(tower: nn.Module, family: TowerFamily) -> nn.ModuleList:
+    """The list of a tower's transformer layers.
+
+    Args:
+        tower: it may be wrapped by a Peft adapter.
+
+    Raises:
+        ValueError: the tower has no such list; says what is there.
+    """
     # An adapter round the tower has a part named "model" of its own.
     unwrapped = getattr(tower, "get_base_model", lambda: tower)()
     layers = _part(unwrapped, family.layers)
@@ -855,6 +862,7 @@ __all__ = [
     "check_tower",
     "family_of",
     "image_size_of",
+    "layers_of",
     "load_tower",
     "patch_size_of",
     "record_queries_keys",

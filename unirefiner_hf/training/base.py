@@ -81,7 +81,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=trust,
     )
-    processor = AutoImageProcessor.from_pretrained(
+    processor = load_processor(
         source, revision=model_args.revision, trust_remote_code=trust
     )
     model, image_size = framed(tower, model_args, name)
@@ -95,6 +95,28 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         license=license_name or _license(source),
         image_size=image_size,
     )
+
+
+def load_processor(source: str, **options: Any) -> Any:
+    """The image processor of a tower, which tells its normalisation.
+
+    Args:
+        source: folder or Hub id.
+        options: of `AutoImageProcessor.from_pretrained`.
+
+    Raises:
+        BaseError: a folder without one.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(source, **options)
+    except OSError as error:
+        if not Path(source).is_dir():
+            raise
+        raise BaseError(
+            f"{Path(source).name} has no usable preprocessor_config.json, which tells "
+            "the mean and deviation its images were normalised with. Save the processor "
+            "of its training there: processor.save_pretrained(folder)."
+        ) from error
 
 
 def base_source(model_args: ModelArguments) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..modeling.towers import layers_of
 
 
 def compile_layers(model: UniRefinerModel, backend: str = "inductor") -> None:
@@ -12,5 +13,5 @@ def compile_layers(model: UniRefinerModel, backend: str = "inductor") -> None:
     without gradient, one size and any size. Filters and losses depend on values and stay
     as they are. Where queries and keys are recorded, a layer runs uncompiled.
     """
-    for layer in model.tower.get_submodule(model.family.layers):
+    for layer in layers_of(model.tower, model.family):
         layer.compile(backend=backend)

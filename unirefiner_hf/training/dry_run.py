@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..modeling.towers import layers_of
 from ..refinement.objective import UniRefinerObjective
 from ..refinement.settings import UniRefinerSettings
 
@@ -115,7 +116,7 @@ def dry_step(
     if as_on_gpu and settings.no_grad_batch is None:
         settings.no_grad_batch = batch * settings.num_crops
     meter = _Meter()
-    with FakeTensorMode(), meter:
+    with _no_cached_tensors(), FakeTensorMode(), meter:
         model._apply(_without_data)
         reference = torch.empty(1, 3, image_size, image_size)
         told: Any = type("Told", (_Told, objective_type), {})
@@ -246,7 +247,7 @@ class _Meter(TorchDispatchMode):
                 self.tokens[self._now] += tokens.shape[0] * tokens.shape[1]
 
         model.encode = encode_told  # type: ignore[method-assign]
-        first = model.tower.get_submodule(model.family.layers)[0]
+        first = layers_of(model.tower, model.family)[0]
         first.register_forward_hook(count)
 
     def __torch_dispatch__(
@@ -308,6 +309,17 @@ def _one(tensor: Tensor) -> bool | int | float:
 
 def _is_mask(indices: Any) -> bool:
     return indices[0] is not None and indices[0].dtype == torch.bool
+
+
+def _no_cached_tensors() -> Any:
+    """Position grids that transformers keeps between calls are neither read nor kept.
+
+    A real one does not mix with fake tensors, and a fake one would break the next real
+    run. transformers passes its caches by while it believes to be compiled.
+    """
+    return mock.patch(
+        "transformers.pytorch_utils.is_torchdynamo_compiling", lambda: True
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.towers import family_of
+from ..modeling.towers import family_of, layers_of
 
 
 def lora_targets(tower: PreTrainedModel) -> str:
@@ -17,10 +17,11 @@ def lora_targets(tower: PreTrainedModel) -> str:
 
     Pooling heads are left out: patch tokens do not pass through them.
     """
-    layers = family_of(tower.config).layers
+    family = family_of(tower.config)
+    layers = family.layers
     names = {
         name.split(".", 1)[1]
-        for name, module in tower.get_submodule(layers).named_modules()
+        for name, module in layers_of(tower, family).named_modules()
         if isinstance(module, nn.Linear)
     }
     inside = "|".join(re.escape(name) for name in sorted(names))

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from ..modeling.towers import family_of
+from ..modeling.towers import family_of, layers_of
 
 BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """Bytes of a quantised weight with its scales (nf4: double quantisation)."""
@@ -32,10 +32,10 @@ def check_device(kind: str | None, device: torch.device) -> None:
 
 def layer_linears(tower: PreTrainedModel) -> dict[str, nn.Linear]:
     """The Linear modules of the tower's layers: what is quantised, and adapted."""
-    layers = family_of(tower.config).layers
+    family = family_of(tower.config)
     return {
-        f"{layers}.{name}": module
-        for name, module in tower.get_submodule(layers).named_modules()
+        f"{family.layers}.{name}": module
+        for name, module in layers_of(tower, family).named_modules()
         if isinstance(module, nn.Linear)
     }
 
