@@ -1,8 +1,8 @@
 """The command with a fault in it, named by FAULT as ``kind:process:step``.
 
-Kinds: ``kill`` (-9 to the process), ``term`` (SIGTERM to it), ``nan`` (its loss),
-``full`` (its disk, while a checkpoint is written), ``none``. The pause that `datasets`
-takes when a file's readers end is left out.
+Kinds: ``kill`` (-9 to the process), ``term`` (SIGTERM to it), ``nan`` (its loss), ``full``
+and ``cut`` (its disk, and -9 to it, while a checkpoint is written), ``none``. The pause
+that `datasets` takes when a file's readers end is left out.
 """
 
 import os
@@ -29,14 +29,17 @@ def faulty_loss(self, model, inputs, **options):
     return compute(self, model, inputs, **options)
 
 
-def full_disk(tree, path):
+def faulty_save(tree, path):
     here = path.name == f"random_state_{process}.safetensors"
-    if kind == "full" and here and f"checkpoint-{step}" in str(path):
-        raise OSError(28, "No space left on device")
+    if here and f"checkpoint-{step}" in str(path):
+        if kind == "full":
+            raise OSError(28, "No space left on device")
+        if kind == "cut":
+            os.kill(os.getpid(), signal.SIGKILL)
     save(tree, path)
 
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0
 trainer.RefinementTrainer.compute_loss = faulty_loss
-trainer.save_tree = full_disk
+trainer.save_tree = faulty_save
 sys.exit(main())

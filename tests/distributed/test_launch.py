@@ -96,6 +96,21 @@ def test_kill_9_at_any_moment_changes_nothing(launch, together, tmp_path, mode):
         assert torch.equal(adapter(run)[name], value), name
 
 
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_kill_9_while_a_checkpoint_is_written_loses_nothing(
+    launch, together, tmp_path, mode
+):
+    run = launch(mode, tmp_path / "run", fault="cut:1:4")
+    assert run.wait() != 0
+    assert "checkpoint-2 is left" in run.text()
+    assert not (run.folder / "checkpoint-4").exists()
+    run = launch(mode, tmp_path / "run", resume="true")
+    record, _ = run.finished()
+    assert record["training"]["resumed"]
+    for name, value in adapter(together(mode)[0]).items():
+        assert torch.equal(adapter(run)[name], value), name
+
+
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
     launch, together, tmp_path
 ):
