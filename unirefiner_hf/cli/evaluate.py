@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         is_main,
         load_compared,
     )
+    from ..training.distributed import disconnect
 
     checkpoints = load_compared(arguments.checkpoints, evaluation)
     if evaluation.task == "depth":
@@ -97,3 +98,4 @@ def run(arguments: argparse.Namespace) -> None:
         comparison = compare_segmentation(checkpoints, evaluation, segmentation)
     if is_main():
         print(comparison.table())
+    disconnect()

@@ -73,9 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
         recipe_values(arguments), DATACLASSES
     )
 
+    from ..training.distributed import disconnect
     from ..training.run import refine
 
     refine(model, data, method, training)
+    disconnect()
 
 
 def recipe_values(arguments: argparse.Namespace) -> dict[str, Values]:

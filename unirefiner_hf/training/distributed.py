@@ -66,6 +66,12 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def disconnect() -> None:
+    """Disconnect from the other processes; gloo aborts one that ends while connected."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def highest(value: int, device: torch.device) -> int:
     """The highest of all processes' values; to be called by every process."""
     if not is_distributed():
