@@ -1,56 +1,69 @@
 """Patch features of a dual encoder's tower in the space of its text features.
 
-CLIP aligns only its CLS token with text, SigLIP only the output of a head that pools by
-attention. These readings of the last block bring the patch tokens there without training:
-MaskCLIP (arXiv 2112.01071), SCLIP (2312.01597), ClearCLIP (2407.12442), NACLIP
-(2404.08181), and the value path of SigLIP's head.
+CLIP, MetaCLIP 2 and EVA-CLIP align only their CLS token with text, SigLIP only the output
+of a head that pools by attention. These readings of the last block bring the patch tokens
+there without training: MaskCLIP (arXiv 2112.01071), SCLIP (2312.01597), ClearCLIP
+(2407.12442), NACLIP (2404.08181), and the value path of SigLIP's head.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 from .modeling_unirefiner import UniRefinerModel
+from .towers import FAMILIES, _layers, _part, family_of
 
-CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+BLOCK, HEAD = "block", "head"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    CLIP: ("plain", "maskclip", "sclip", "clearclip", "naclip"),
-    SIGLIP: ("value",),
+    BLOCK: ("plain", "maskclip", "sclip", "clearclip", "naclip"),
+    HEAD: ("value",),
 }
-"""Model type of the vision config -> what `dense_text_features` can read there."""
+"""``text_reading`` of a family -> what `dense_text_features` can read there."""
+
+DEFAULT_VARIANT = {BLOCK: "naclip", HEAD: "value"}
+"""The best of the published ones on the mean of eight sets (NACLIP's own table)."""
 
 KEEPS_REST = ("plain", "sclip")
-"""Variants that keep the residual and the MLP of CLIP's last block."""
+"""Variants that keep the residual and the MLP of the last block."""
 
 
-def variants_of(model: UniRefinerModel) -> tuple[str, ...]:
-    """The variants a tower has.
+def variants_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The variants a tower with this vision config has.
 
     Raises:
-        ValueError: a tower that was not trained with text.
+        ValueError: a tower that was not trained with text, or has no published reading.
     """
-    model_type = model.config.vision_config.model_type
-    if model_type not in VARIANTS:
+    reading = family_of(config).text_reading
+    if reading is None:
+        known = ", ".join(name for name, f in FAMILIES.items() if f.text_reading)
         raise ValueError(
-            f"A {model_type} tower has no text side: its features cannot be compared "
-            f"with words. Towers that can: {', '.join(VARIANTS)}."
+            f"A {config.model_type} tower has no text side that its patch tokens can be "
+            f"compared with. Towers that have: {known}."
         )
-    return VARIANTS[model_type]
+    return VARIANTS[reading]
 
 
-def check_variant(model: UniRefinerModel, variant: str) -> None:
+def default_variant(config: PreTrainedConfig) -> str:
+    """The variant taken where none is named; raises as `variants_of`."""
+    variants_of(config)
+    return DEFAULT_VARIANT[str(family_of(config).text_reading)]
+
+
+def check_variant(config: PreTrainedConfig, variant: str) -> None:
     """Refuse a variant the tower does not have.
 
     Raises:
         ValueError: names the variant and those there are; or as `variants_of`.
     """
-    known = variants_of(model)
+    known = variants_of(config)
     if variant not in known:
-        family = model.config.vision_config.model_type
         raise ValueError(
-            f"variant is {variant!r}; a {family} tower has {', '.join(known)}."
+            f"variant is {variant!r}; a {config.model_type} tower has {', '.join(known)}."
         )
 
 
@@ -58,7 +71,7 @@ def dense_text_features(
     model: UniRefinerModel,
     pixel_values: Tensor,
     *,
-    variant: str,
+    variant: str | None = None,
     projection: nn.Module | None = None,
     register_width: int | None = None,
     sigma: float = 5.0,
@@ -70,7 +83,7 @@ def dense_text_features(
     the last block; only those of the image come back. With ``register_width=0`` it is
     the bare dual encoder.
 
-    CLIP: the last block is computed again from its input. ``plain``: as it is.
+    CLIP and its kin: the last block is computed again from its input. ``plain``: as it is.
     ``maskclip``: every token attends to itself alone, value -> out_proj. ``sclip``:
     softmax(q q') + softmax(k k'), not divided by two. ``clearclip``: softmax(q q').
     ``naclip``: softmax(k k' + G), G the Gaussian exp(-d^2 / 2 sigma^2) of the distance d
@@ -80,9 +93,9 @@ def dense_text_features(
 
     Args:
         pixel_values: ``(batch, 3, height, width)``, see `UniRefinerModel.forward`.
-        variant: see above.
-        projection: hidden -> projection, ``visual_projection`` of the base CLIP; a
-            refined checkpoint holds the tower only. SigLIP has none.
+        variant: see above; None: ``naclip``, SigLIP ``value``.
+        projection: hidden -> projection, ``visual_projection`` of the dual encoder; see
+            `text_side.TextSide`. SigLIP has none.
         register_width: frame in patches; None takes the config's.
         sigma: of ``naclip``, in patches.
         residual: keep the last block's residual and MLP; None: ``plain`` and ``sclip``
@@ -92,54 +105,82 @@ def dense_text_features(
         ``(batch, patches, projection)`` in raster order, not normalised.
 
     Raises:
-        ValueError: a variant the family does not have, a CLIP tower without
+        ValueError: a variant the family does not have, a CLIP tower without a fitting
             `projection`, a SigLIP tower without pooling head, a sigma that is not
             positive, or as in `UniRefinerModel.forward`.
     """
-    check_variant(model, variant)
+    config = model.config.vision_config
+    variant = default_variant(config) if variant is None else variant
+    check_variant(config, variant)
     if sigma <= 0:
         raise ValueError(f"sigma is {sigma}; it must be positive.")
-    passed = model._run(pixel_values, register_width, output_hidden_states=True)
-    family, tower = model.family, model.tower
-    if model.config.vision_config.model_type == SIGLIP:
-        if not family.pools_over_patches(model.config.vision_config):
+    family = model.family
+    if family.text_reading == HEAD:
+        if not family.pools_over_patches(config):
             raise ValueError(
                 "This SigLIP tower has no pooling head (vision_use_head is false), and "
                 "only that head reaches the space of the text."
             )
-        head = tower.get_submodule(str(family.pooling_head))
+        passed = model._run(pixel_values, register_width)
+        head = _part(model.tower, str(family.pooling_head))
         return _value_path(head, passed.image(passed.output.last_hidden_state))
     if projection is None:
         raise ValueError(
-            "A CLIP tower needs projection, the visual_projection of its dual encoder."
+            f"A {config.model_type} tower needs projection, the visual_projection of its "
+            "dual encoder: load_text_side(...).projection."
         )
+    width = getattr(projection, "in_features", config.hidden_size)
+    if width != config.hidden_size:
+        raise ValueError(
+            f"projection takes {width} channels, the tower's tokens have "
+            f"{config.hidden_size}: it is that of another dual encoder."
+        )
+    passed = model._run(pixel_values, register_width, output_hidden_states=True)
     states = passed.output.hidden_states
     if variant == "plain":
         tokens = states[-1]
     else:
-        layers = tower.get_submodule(family.layers)
-        block = list(layers.children())[-1]
         grid = (passed.grid[0] + 2 * passed.width, passed.grid[1] + 2 * passed.width)
         keep = variant in KEEPS_REST if residual is None else residual
-        tokens = _block_again(
-            block, states[-2], variant, grid, passed.prefix, sigma, keep
+        block = _layers(model.tower, family)[-1]
+        layout = _Layout(
+            attention=_part(block, family.query.rpartition(".")[0]),
+            heads=config.num_attention_heads,
+            norm_after=bool(getattr(config, "post_layernorm", False)),
         )
-    normed = tower.get_submodule(family.final_norm)(passed.image(tokens))
-    return projection(normed)
+        tokens = _block_again(
+            block, layout, states[-2], variant, grid, passed.prefix, sigma, keep
+        )
+    norm = _part(model.tower, str(family.norm_path(config)))
+    return projection(norm(passed.image(tokens)))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What differs between the blocks of CLIP and EVA-CLIP.
+
+    Attributes:
+        norm_after: each norm follows its attention or MLP (EVA-CLIP-18B).
+    """
+
+    attention: nn.Module
+    heads: int
+    norm_after: bool
 
 
 def _value_path(head: nn.Module, tokens: Tensor) -> Tensor:
     """SigLIP's pooling head where every token attends to itself alone."""
-    attention: nn.MultiheadAttention = head.get_submodule("attention")  # type: ignore
+    attention: nn.MultiheadAttention = _part(head, "attention")  # type: ignore
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     hidden = tokens.shape[-1]
     value = functional.linear(tokens, weight[2 * hidden :], bias[2 * hidden :])
     value = attention.out_proj(value)
-    return value + head.get_submodule("mlp")(head.get_submodule("layernorm")(value))
+    return value + _part(head, "mlp")(_part(head, "layernorm")(value))
 
 
 def _block_again(
     block: nn.Module,
+    layout: _Layout,
     tokens: Tensor,
     variant: str,
     grid: tuple[int, int],
@@ -147,14 +188,13 @@ def _block_again(
     sigma: float,
     keep: bool,
 ) -> Tensor:
-    """CLIP's last block with another attention: ``(batch, tokens, hidden)`` to the same."""
-    attention = block.get_submodule("self_attn")
-    normed = block.get_submodule("layer_norm1")(tokens)
-    heads = int(attention.num_heads)  # type: ignore[arg-type]
+    """The last block with another attention: ``(batch, tokens, hidden)`` to the same."""
+    norms = [_part(block, f"layer_norm{number}") for number in (1, 2)]
+    inputs = tokens if layout.norm_after else norms[0](tokens)
 
     def projected(name: str) -> Tensor:
-        full = attention.get_submodule(name)(normed)
-        return full.unflatten(-1, (heads, -1)).transpose(1, 2)
+        full = _part(layout.attention, name)(inputs)
+        return full.unflatten(-1, (layout.heads, -1)).transpose(1, 2)
 
     value = projected("v_proj")
     scale = value.shape[-1] ** -0.5
@@ -174,12 +214,15 @@ def _block_again(
     else:
         weights = None
     mixed = value if weights is None else weights @ value
-    out = attention.get_submodule("out_proj")(mixed.transpose(1, 2).flatten(2))
+    out = _part(layout.attention, "out_proj")(mixed.transpose(1, 2).flatten(2))
+    if layout.norm_after:
+        out = norms[0](out)
     if not keep:
         return out
     out = tokens + out
-    rest = block.get_submodule("mlp")(block.get_submodule("layer_norm2")(out))
-    return out + rest
+    if layout.norm_after:
+        return out + norms[1](_part(block, "mlp")(out))
+    return out + _part(block, "mlp")(norms[1](out))
 
 
 def neighbourhood(grid: tuple[int, int], sigma: float) -> Tensor:
