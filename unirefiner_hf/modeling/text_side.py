@@ -59,6 +59,10 @@ class TextSideError(ValueError):
     """There is no text side, or it cannot be read; the message says what to do."""
 
 
+class NoTextSideError(TextSideError):
+    """A vision tower that never had one."""
+
+
 @dataclass(frozen=True)
 class TextSide:
     """Text tower, projections and tokenizer of a dual encoder.
@@ -119,19 +123,19 @@ class TextSide:
         return target
 
 
-def why_no_text_side(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> str | None:
-    """The reason a checkpoint has no text side that could be kept; None if it has.
+def find_text_side(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Make sure that a text side can be loaded; reads config and tokenizer, no weights.
 
-    Reads config and tokenizer, no weights.
+    Raises:
+        NoTextSideError: a vision tower alone.
+        TextSideError: as `load_text_side`.
     """
-    try:
-        source = _source(name_or_path, revision, trust_remote_code)
-        _tokenizer(source)
-    except TextSideError as problem:
-        return str(problem)
-    return None
+    _tokenizer(_source(str(name_or_path), revision, trust_remote_code))
 
 
 def load_text_side(
@@ -201,26 +205,27 @@ class _Source:
 def _source(name: str, revision: str | None, trust_remote_code: bool) -> _Source:
     """Where the text side is and what it is, from configs alone."""
     place: dict[str, Any] = {"revision": revision}
-    published, _ = PreTrainedConfig.get_config_dict(name, **place)
+    published = _published(name, place)
+    if published is None:
+        raise TextSideError(f"{name} holds no model: there is no config.json.")
     refined_type = None
     if published.get("model_type") == UniRefinerConfig.model_type:
         place["subfolder"] = TEXT
         refined_type = published["vision_config"]["model_type"]
-        try:
-            published, _ = PreTrainedConfig.get_config_dict(name, **place)
-        except OSError as problem:
+        published = _published(name, place)
+        if published is None:
             raise TextSideError(
                 f"{name} has no text side: there is no {TEXT}/config.json. It was "
                 "refined from a vision tower alone, or merged without its text "
                 "(keep_text: false). Name the dual encoder it was refined from."
-            ) from problem
+            )
     if EvaClipVisionConfig.describes(published):
         config = _eva_config(published, name)
         vision_type = EvaClipVisionConfig.model_type
     else:
         model_type = published.get("model_type")
         if model_type not in DUAL_ENCODERS:
-            raise TextSideError(
+            raise NoTextSideError(
                 f"{name} has no text side: it is a {model_type}. Name a dual encoder "
                 f"({', '.join(DUAL_ENCODERS)}, EVA-CLIP) with its text tower."
             )
@@ -230,8 +235,15 @@ def _source(name: str, revision: str | None, trust_remote_code: bool) -> _Source
         vision_type = refined_type or DUAL_ENCODERS[model_type]
     family = FAMILIES[vision_type]
     if family.text_reading is None:
-        raise TextSideError(f"The text side of {name} is not kept: {family.note}.")
+        raise TextSideError(f"{name} is a {published['model_type']}: {family.note}.")
     return _Source(name, config, vision_type, place, trust_remote_code)
+
+
+def _published(name: str, place: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of ``config.json``; None where there is none."""
+    if not _has_file(name, "config.json", place):
+        return None
+    return PreTrainedConfig.get_config_dict(name, **place)[0]
 
 
 def _eva_config(published: dict[str, Any], name: str) -> CLIPConfig:
@@ -264,7 +276,7 @@ def _eva_config(published: dict[str, Any], name: str) -> CLIPConfig:
 
 def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     # Without files, transformers makes an empty tokenizer of the model's kind.
-    if not any(_has_file(source, file) for file in _VOCABULARIES):
+    if not any(_has_file(source.name, file, source.place) for file in _VOCABULARIES):
         raise TextSideError(
             f"{source.name} has no tokenizer (none of {', '.join(_VOCABULARIES)}): put "
             "the tokenizer files of the dual encoder beside its weights, or name its "
@@ -281,12 +293,9 @@ def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
         ) from problem
 
 
-def _has_file(source: _Source, file: str) -> bool:
+def _has_file(name: str, file: str, place: dict[str, Any]) -> bool:
     found = cached_file(
-        source.name,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        **source.place,
+        name, file, _raise_exceptions_for_missing_entries=False, **place
     )
     return found is not None
 
@@ -307,4 +316,10 @@ def _without_vision(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(parent.__name__, (parent,), {"__init__": build})
 
 
-__all__ = ["TextSide", "TextSideError", "load_text_side", "why_no_text_side"]
+__all__ = [
+    "NoTextSideError",
+    "TextSide",
+    "TextSideError",
+    "find_text_side",
+    "load_text_side",
+]
