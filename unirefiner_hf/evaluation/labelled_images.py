@@ -199,7 +199,8 @@ class ClassLabels:
             raise LabelError(
                 f"{name}: a label is {value}; there are {len(self)} classes, {first} to "
                 f"{len(self) - 1 + first}, and {self.ignore} for ignored pixels. Set "
-                "num_classes or reduce_zero_label to what the files hold."
+                "num_classes (or the lines of classes_file) or reduce_zero_label to what "
+                "the files hold."
             )
         labels[ignored] = IGNORE
         return labels
