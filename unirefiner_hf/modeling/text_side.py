@@ -160,12 +160,12 @@ def load_text_side(
     """
     source = _source(str(name_or_path), revision, trust_remote_code)
     tokenizer = _tokenizer(source)
-    parent = MODEL_MAPPING[type(source.config)]
+    parent: Any = MODEL_MAPPING[type(source.config)]
     verbosity = logging.get_verbosity()
     # The vision tower is left out on purpose; the check below replaces the report.
     logging.set_verbosity_error()
     try:
-        model, report = _without_vision(parent).from_pretrained(
+        loaded: Any = _without_vision(parent).from_pretrained(
             source.name,
             config=source.config,
             dtype="auto" if dtype is None else dtype,
@@ -179,6 +179,7 @@ def load_text_side(
         ) from problem
     finally:
         logging.set_verbosity(verbosity)
+    model, report = loaded
     missing = set(report["missing_keys"])
     if f"{VISUAL}.bias" in missing:
         missing.remove(f"{VISUAL}.bias")
