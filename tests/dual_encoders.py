@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
+
+from tests.publishing.conftest import make_record
+from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.modeling.towers import load_tower
+from unirefiner_hf.training.base import takes_final_norm
+from unirefiner_hf.training.lora import add_adapter
+from unirefiner_hf.training.trainer import save_adapter
 
 WORDS = "[PAD] [UNK] a photo of the cat dog sky . animal plant thing background <end>"
 VOCABULARY = {word: number for number, word in enumerate(WORDS.split())}
@@ -128,3 +136,33 @@ def save_eva_clip(folder: Path, **text_changes: Any) -> dict[str, torch.Tensor]:
     make_tokenizer().save_pretrained(folder)
     make_processor("clip").save_pretrained(folder)
     return weights
+
+
+def save_dual_run(
+    folder: Path, kind: str, seed: int = 0
+) -> tuple[UniRefinerModel, Path, Path]:
+    """A finished run on a dual encoder -> its model, its folder, its base's folder."""
+    base, run = folder / "tiny-dual", folder / "run"
+    if kind == "eva":
+        save_eva_clip(base)
+    else:
+        save_dual_encoder(base, kind)
+    tower = load_tower(str(base))
+    norm = takes_final_norm(tower.config)
+    model = UniRefinerModel.from_tower(tower, register_width=2, final_norm=norm)
+    model.tower = add_adapter(tower, name="example-lab/tiny-dual")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    (run / "adapter").mkdir(parents=True)
+    save_adapter(model, run / "adapter")
+    record = make_record(
+        model__base="example-lab/tiny-dual",
+        model__family=tower.config.model_type,
+        model__final_norm=norm,
+    )
+    (run / "run.json").write_text(json.dumps(record))
+    Image.new("RGB", (8, 8)).save(run / "before_after.png")
+    return model.eval(), run, base
