@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -56,9 +56,8 @@ TEXTS = ["a photo of the cat", "sky", "a photo of a dog . dog . dog . dog . dog 
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, lower case, an end token behind."""
+    """Whole words, an end token behind."""
     inner = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
-    inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
         single="$A <end>", special_tokens=[("<end>", END)]

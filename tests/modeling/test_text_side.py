@@ -49,6 +49,7 @@ def test_texts_are_encoded_as_by_the_whole_model(kind, tmp_path):
         assert given.keys() == {"input_ids"} and side.projection is None
         one = side.encode(["sky"])
         assert torch.allclose(one, features[1:2], atol=1e-6)
+        assert torch.equal(side.encode(["Sky"]), one)
     else:
         assert side.tokens(["sky"])["input_ids"].shape[1] == 2
         hidden = torch.randn(5, WIDTH)

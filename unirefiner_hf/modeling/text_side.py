@@ -89,13 +89,13 @@ class TextSide:
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """What the text tower is called with.
 
-        CLIP: padded to the longest. SigLIP: padded to its full length, pad tokens
-        attended to, as it was trained. Longer texts are cut.
+        CLIP: padded to the longest. SigLIP as it was trained: in lower case, padded to
+        its full length, pad tokens attended to. Longer texts are cut.
         """
         longest = self.model.config.text_config.max_position_embeddings
         siglip = FAMILIES[self.vision_type].text_reading != BLOCK
         given = self.tokenizer(
-            list(texts),
+            [text.lower() for text in texts] if siglip else list(texts),
             padding="max_length" if siglip else True,
             truncation=True,
             max_length=longest,
