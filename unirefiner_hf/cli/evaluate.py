@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "unirefiner evaluate BASE [CHECKPOINT ...] --data DATA [--field value]"
     )
     parser.epilog = (
+        "--task zero_shot trains nothing: patches take the class whose words are nearest. "
+        "The base brings the text tower, or a refined model that kept it in text/. "
         "The base with each checkpoint's frame is measured, too. A run of 'unirefiner "
         "refine --method plain' is the control a refined model should beat."
     )

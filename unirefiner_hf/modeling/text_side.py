@@ -60,7 +60,7 @@ class TextSideError(ValueError):
 
 
 class NoTextSideError(TextSideError):
-    """A vision tower that never had one."""
+    """No dual encoder: there never was a text side."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _source(name: str, revision: str | None, trust_remote_code: bool) -> _Source
     place: dict[str, Any] = {"revision": revision}
     published = _published(name, place)
     if published is None:
-        raise TextSideError(f"{name} holds no model: there is no config.json.")
+        raise NoTextSideError(f"{name} holds no model: there is no config.json.")
     refined_type = None
     if published.get("model_type") == UniRefinerConfig.model_type:
         place["subfolder"] = TEXT

@@ -72,8 +72,8 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
     """The register model round the tower the arguments name, with a fresh adapter.
 
     Raises:
-        BaseError: the image size is off the patch grid, or unknown.
-            Or `keep_text` is asked for where there is no text side.
+        BaseError: the image size is off the patch grid, or unknown; or the text side
+            should be kept and cannot be.
         QuantizationError: the base should be quantised, and bitsandbytes is missing.
         ValueError: the tower is not supported.
     """
@@ -82,7 +82,6 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
     if model_args.model in ("starter", NAME):
         license_name = license_name or LICENSE
     trust = model_args.trust_remote_code
-    text_side = _text_side(model_args, source)
     dtype = base_dtype(model_args, bf16)
     quantised = None
     if model_args.base_quantization is not None:
@@ -97,6 +96,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=trust,
     )
+    text_side = _text_side(model_args, source)
     processor = load_processor(
         source, revision=model_args.revision, trust_remote_code=trust
     )
