@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from .modeling_unirefiner import UniRefinerModel
-from .towers import FAMILIES, _layers, _part, family_of
+from .towers import FAMILIES, _part, family_of, layers_of
 
 BLOCK, HEAD = "block", "head"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -142,7 +142,7 @@ def dense_text_features(
     else:
         grid = (passed.grid[0] + 2 * passed.width, passed.grid[1] + 2 * passed.width)
         keep = variant in KEEPS_REST if residual is None else residual
-        block = _layers(model.tower, family)[-1]
+        block = layers_of(model.tower, family)[-1]
         layout = _Layout(
             attention=_part(block, family.query.rpartition(".")[0]),
             heads=config.num_attention_heads,
