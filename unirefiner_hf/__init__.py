@@ -13,8 +13,10 @@ from .auto_registration import register
 
 if TYPE_CHECKING:
     from .modeling.configuration_unirefiner import UniRefinerConfig
+    from .modeling.dense_text import dense_text_features
     from .modeling.modeling_unirefiner import UniRefinerBackbone, UniRefinerModel
     from .modeling.remote_code import save_remote_code
+    from .modeling.text_side import load_text_side
     from .modeling.towers import load_tower
 
 __version__ = "0.1.0"
@@ -23,6 +25,8 @@ _HOMES = {
     "UniRefinerConfig": ".modeling.configuration_unirefiner",
     "UniRefinerModel": ".modeling.modeling_unirefiner",
     "UniRefinerBackbone": ".modeling.modeling_unirefiner",
+    "dense_text_features": ".modeling.dense_text",
+    "load_text_side": ".modeling.text_side",
     "load_tower": ".modeling.towers",
     "save_remote_code": ".modeling.remote_code",
 }
@@ -31,6 +35,8 @@ __all__ = [
     "UniRefinerBackbone",
     "UniRefinerConfig",
     "UniRefinerModel",
+    "dense_text_features",
+    "load_text_side",
     "load_tower",
     "save_remote_code",
 ]

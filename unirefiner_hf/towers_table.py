@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from .modeling.dense_text import VARIANTS
 from .modeling.towers import FAMILIES, REFUSED, TowerFamily
 
 
@@ -19,14 +20,22 @@ def support_table() -> str:
         "Written by `python -m unirefiner_hf.towers_table docs/towers.md`.",
         "",
         "| model type | checkpoints | tokens before the patches | last norm on patch tokens "
-        "| note |",
-        "|---|---|---|---|---|",
+        "| patch tokens as words | note |",
+        "|---|---|---|---|---|---|",
     ]
     for model_type, family in FAMILIES.items():
         names = f"`{model_type}`"
         if family.dual_encoder is not None:
             names += f", half of `{family.dual_encoder}`"
-        cells = (names, family.checkpoints, _prefix(family), _norm(family), family.note)
+        words = ", ".join(VARIANTS.get(family.text_reading or "", ()))
+        cells = (
+            names,
+            family.checkpoints,
+            _prefix(family),
+            _norm(family),
+            words,
+            family.note,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Refused, and why:", "", "| model type | reason |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in REFUSED.items()]

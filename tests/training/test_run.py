@@ -19,7 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel
 
 from tests.conftest import make_tiny_tower
+from tests.dual_encoders import save_dual_encoder
 from unirefiner_hf.images import ImageError
+from unirefiner_hf.modeling.text_side import load_text_side
 from unirefiner_hf.publishing.run_folder import merge_run
 from unirefiner_hf.training import trainer as trainer_module
 from unirefiner_hf.training.base import BaseError
@@ -404,3 +406,21 @@ def test_the_base_is_not_touched(arguments, tower_folder):
     reloaded = AutoModel.from_pretrained(tower_folder)(pixels).last_hidden_state
     expected = make_tiny_tower("dinov2")(pixels).last_hidden_state
     assert torch.equal(reloaded, expected)
+
+
+def test_a_dual_encoder_stays_whole(arguments, tmp_path):
+    dual = save_dual_encoder(tmp_path / "dual", "clip")
+    run = refine(
+        *arguments(
+            model={"model": str(tmp_path / "dual")},
+            data={"report_images": 0},
+            max_steps=1,
+            save_strategy="no",
+        )
+    )
+    assert json.loads((run / "run.json").read_text())["model"]["keep_text"] is True
+    side = load_text_side(run / "merged")
+    words = side.tokens(["a photo of the cat"])
+    with torch.no_grad():
+        expected = dual.get_text_features(**words).pooler_output
+    assert torch.equal(side.encode(["a photo of the cat"]), expected)

@@ -9,6 +9,7 @@ import typing
 from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.depth import DepthSettings
 from ..evaluation.segmentation import SegmentationSettings
+from ..evaluation.zero_shot import ZeroShotSettings
 from ..resources import find_recipe
 from ..training.recipe import (
     Values,
@@ -21,6 +22,7 @@ GROUPS = {
     "data and output": EvaluationArguments,
     "segmentation": SegmentationSettings,
     "depth": DepthSettings,
+    "zero-shot segmentation": ZeroShotSettings,
 }
 DATACLASSES = tuple(GROUPS.values())
 
@@ -31,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "unirefiner evaluate BASE [CHECKPOINT ...] --data DATA [--field value]"
     )
     parser.epilog = (
+        "--task zero_shot trains nothing: patches take the class whose words are nearest. "
+        "The base brings the text tower, or a refined model that kept it in text/. "
         "The base with each checkpoint's frame is measured, too. A run of 'unirefiner "
         "refine --method plain' is the control a refined model should beat."
     )
@@ -81,11 +85,12 @@ def run(arguments: argparse.Namespace) -> None:
         name: [options[name]] for name in options if name in fields
     }
     values = load_recipe(path, overrides, DATACLASSES)
-    evaluation, segmentation, depth = build_arguments(values, DATACLASSES)
+    evaluation, segmentation, depth, zero_shot = build_arguments(values, DATACLASSES)
 
     from ..evaluation.compare import (
         compare_depth,
         compare_segmentation,
+        compare_zero_shot,
         is_main,
         load_compared,
     )
@@ -94,6 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoints = load_compared(arguments.checkpoints, evaluation)
     if evaluation.task == "depth":
         comparison = compare_depth(checkpoints, evaluation, depth)
+    elif evaluation.task == "zero_shot":
+        comparison = compare_zero_shot(checkpoints, evaluation, zero_shot)
     else:
         comparison = compare_segmentation(checkpoints, evaluation, segmentation)
     if is_main():

@@ -53,6 +53,11 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
         help="save the plain tower, without the frame and its code",
     )
     parser.add_argument(
+        "--no_text",
+        action="store_true",
+        help="leave out text/, the unchanged text side of a dual encoder",
+    )
+    parser.add_argument(
         "--max_shard_size",
         metavar="SIZE",
         default="5GB",
@@ -77,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         model=arguments.model,
         model_license=arguments.license,
         register_width=arguments.register_width,
+        keep_text=False if arguments.no_text else None,
         dtype=getattr(torch, arguments.dtype),
         native=arguments.native,
         overwrite=arguments.overwrite,

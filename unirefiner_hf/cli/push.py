@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         model=arguments.model,
         model_license=arguments.license,
         register_width=arguments.register_width,
+        keep_text=False if arguments.no_text else None,
         dtype=getattr(torch, arguments.dtype),
         native=arguments.native,
         max_shard_size=arguments.max_shard_size,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..spurious.settings import require
 from .labelled_images import LAYOUTS
 
-TASKS = ("segmentation", "depth")
+TASKS = ("segmentation", "depth", "zero_shot")
 
 
 @dataclass

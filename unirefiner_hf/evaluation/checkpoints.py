@@ -40,6 +40,7 @@ class Checkpoint:
         method: of the run that made it, such as ``unirefiner`` or ``plain``; None for a
             tower as it was published. A framed checkpoint without a record counts as
             ``unirefiner``.
+        source: folder or Hub id it was loaded from; empty for a model in memory.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Checkpoint:
     register_width: int
     folder: Path | None = None
     method: str | None = None
+    source: str = ""
 
     @property
     def needs_controls(self) -> bool:
@@ -160,6 +162,7 @@ def load_checkpoint(
         register_width=width,
         folder=folder,
         method=method,
+        source=location,
     )
 
 

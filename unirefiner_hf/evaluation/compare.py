@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,17 @@ from .labelled_images import ClassLabels, LabelledImages, class_labels, open_pai
 from .metrics import mean_iou_statistic, mean_statistic
 from .report import SegmentationRow, segmentation_report
 from .results import Comparison, Measured, Metric, write_results
-from .segmentation import SegmentationSettings, evaluate_segmentation
+from .segmentation import SegmentationSettings, evaluate_segmentation, processes
+from .zero_shot import (
+    ZeroShotSettings,
+    evaluate_zero_shot,
+    find_text,
+    protocol_of,
+    read_names,
+    text_features,
+    word_set,
+)
+from .zero_shot_sets import SETS
 
 TABLE, REPORT = "table.md", "report.html"
 SEGMENTATION_METRICS = (
@@ -100,7 +109,7 @@ def compare_segmentation(
         protocol=settings.protocol(),
         metrics=SEGMENTATION_METRICS,
         images=len(val),
-        settings={**dataclasses.asdict(settings), "processes": _processes()},
+        settings={**dataclasses.asdict(settings), "processes": processes()[1]},
     )
     shown: list[SegmentationRow] = []
     for checkpoint in checkpoints:
@@ -122,8 +131,87 @@ def compare_segmentation(
         comparison.rows.append((checkpoint, measured))
         shown.append(SegmentationRow(checkpoint, result))
     if is_main():
-        _leave(comparison, arguments, val, classes, shown, settings)
+        _leave(comparison, arguments, val, classes, shown, settings.crop)
     return comparison
+
+
+def compare_zero_shot(
+    checkpoints: Sequence[Checkpoint],
+    arguments: EvaluationArguments,
+    settings: ZeroShotSettings,
+) -> Comparison:
+    """Segment by words with every checkpoint, and leave results as the arguments say.
+
+    Raises:
+        TextSideError: no checkpoint brings a text side.
+        ValueError: see `protocol_of`.
+        LabelError: see `open_pairs`, `word_set` and `ClassLabels.read`.
+    """
+    val = _open_split(arguments, arguments.val_split, "val")
+    title = SETS[arguments.dataset].title if arguments.dataset in SETS else None
+    title = arguments.dataset_name or title or name_of(arguments)
+    classes = _worded_classes(arguments, settings)
+    words = word_set(classes, arguments.dataset, title, settings.classes_file)
+    names = [group[0] for group in words.names]
+    if words.background is not None:
+        names[words.background] = "background"
+    classes = dataclasses.replace(classes, names=tuple(names))
+    protocol = protocol_of(checkpoints[0], words, settings)
+    text = find_text(checkpoints, arguments.trust_remote_code)
+    features = text_features(text, words.names, protocol.templates)
+    comparison = Comparison(
+        task="image-segmentation",
+        dataset=title,
+        split=arguments.val_split,
+        protocol=protocol.words(),
+        metrics=SEGMENTATION_METRICS,
+        images=len(val),
+        settings={
+            **dataclasses.asdict(protocol),
+            "classes": [", ".join(group) for group in words.names],
+        },
+        probes=False,
+    )
+    shown: list[SegmentationRow] = []
+    for checkpoint in checkpoints:
+        result = evaluate_zero_shot(
+            checkpoint,
+            val,
+            classes,
+            words,
+            text,
+            features,
+            protocol,
+            pictures=arguments.pictures,
+        )
+        (scores,) = result.scores
+        measured = {
+            "mean_iou": Measured([scores.mean_iou], mean_iou_statistic(result.areas)),
+            "mean_accuracy": Measured([scores.mean_accuracy]),
+        }
+        comparison.rows.append((checkpoint, measured))
+        shown.append(SegmentationRow(checkpoint, result))
+    if is_main():
+        _leave(comparison, arguments, val, classes, shown, protocol.window)
+    return comparison
+
+
+def _worded_classes(
+    arguments: EvaluationArguments, settings: ZeroShotSettings
+) -> ClassLabels:
+    """What the labels mean; of a folder that does not say, as `classes_file` does."""
+    count = arguments.num_classes
+    file = Path(arguments.data).expanduser() / "dataset.json"
+    silent = arguments.dataset == "folder" and not file.is_file()
+    if count is None and silent and settings.classes_file is not None:
+        count = len(read_names(settings.classes_file))
+    return class_labels(
+        arguments.data,
+        arguments.dataset,
+        num_classes=count,
+        reduce_zero_label=arguments.reduce_zero_label,
+        ignore=arguments.ignore_label,
+    )
 
 
 def compare_depth(
@@ -172,41 +260,36 @@ def open_splits(
     arguments: EvaluationArguments,
 ) -> tuple[LabelledImages, LabelledImages]:
     """Training and validation pairs."""
-    columns = {
-        "image_column": arguments.image_column,
-        "label_column": arguments.label_column,
-    }
-    train = open_pairs(
+    train = _open_split(arguments, arguments.train_split, "train")
+    val = _open_split(arguments, arguments.val_split, "val")
+    return train, val
+
+
+def _open_split(
+    arguments: EvaluationArguments, split: str, role: str
+) -> LabelledImages:
+    """Pairs of a split; `role` is ``train`` or ``val``, as the options are called."""
+    pairs = open_pairs(
         arguments.data,
-        arguments.train_split,
+        split,
         layout=arguments.dataset,
-        images=arguments.train_images,
-        labels=arguments.train_labels,
-        **columns,
+        images=getattr(arguments, f"{role}_images"),
+        labels=getattr(arguments, f"{role}_labels"),
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
     )
-    val = open_pairs(
-        arguments.data,
-        arguments.val_split,
-        layout=arguments.dataset,
-        images=arguments.val_images,
-        labels=arguments.val_labels,
-        **columns,
-    )
-    return train.first(arguments.max_train), val.first(arguments.max_val)
+    return pairs.first(getattr(arguments, f"max_{role}"))
 
 
 def name_of(arguments: EvaluationArguments) -> str:
     """What tables call the data set, never a whole path."""
     if arguments.dataset_name is not None:
         return arguments.dataset_name
-    names = {"ade20k": "ADE20K", "cityscapes": "Cityscapes", "voc": "PASCAL VOC 2012"}
+    names = {layout: words.title for layout, words in SETS.items()}
+    names["voc"] = "PASCAL VOC 2012"
     path = Path(arguments.data).expanduser()
     fallback = path.resolve().name if path.exists() else arguments.data
     return names.get(arguments.dataset, fallback)
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -220,7 +303,7 @@ def _leave(
     val: LabelledImages,
     classes: ClassLabels,
     shown: list[SegmentationRow],
-    settings: Any,
+    size: int,
 ) -> None:
     output = arguments.evaluation_output
     folder = None if output is None else Path(output)
@@ -230,6 +313,6 @@ def _leave(
     (folder / TABLE).write_text(comparison.table() + "\n", encoding="utf-8")
     if arguments.pictures:
         page = segmentation_report(
-            comparison, val, classes, shown, settings.crop, arguments.pictures
+            comparison, val, classes, shown, size, arguments.pictures
         )
         (folder / REPORT).write_text(page, encoding="utf-8")

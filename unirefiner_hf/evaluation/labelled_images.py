@@ -50,6 +50,26 @@ class Layout:
 # The 19 classes of Cityscapes among its label ids (its own labels.py).
 _CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _SPLITS = {"train": "train", "val": "val"}
+# COCO's ids of its 80 things and 91 kinds of stuff; in stuffthingmaps each is one less.
+_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+_COCO = [number - 1 for number in range(1, 183) if number not in _GAPS]
+_COCO_FILES: dict[str, Any] = {
+    "images": "images/{split}",
+    "labels": "annotations/{split}",
+    "splits": {"train": "train2017", "val": "val2017"},
+}
+_CONTEXT_FILES: dict[str, Any] = {
+    "images": "JPEGImages",
+    "labels": "SegmentationClassContext",
+    "splits": _SPLITS,
+    "lists": "ImageSets/SegmentationContext/{split}.txt",
+}
+_VOC_FILES: dict[str, Any] = {
+    "images": "JPEGImages",
+    "labels": "SegmentationClass",
+    "splits": _SPLITS,
+    "lists": "ImageSets/Segmentation/{split}.txt",
+}
 LAYOUTS = {
     "ade20k": Layout(
         images="images/{split}",
@@ -67,12 +87,22 @@ LAYOUTS = {
         label_ending="_gtFine_labelIds",
         relabel={label: number for number, label in enumerate(_CITYSCAPES)},
     ),
-    "voc": Layout(
-        images="JPEGImages",
-        labels="SegmentationClass",
-        splits=_SPLITS,
-        classes=21,
-        lists="ImageSets/Segmentation/{split}.txt",
+    "voc": Layout(**_VOC_FILES, classes=21),
+    "voc20": Layout(**_VOC_FILES, classes=20, reduce_zero_label=True),
+    "context60": Layout(**_CONTEXT_FILES, classes=60),
+    "context59": Layout(**_CONTEXT_FILES, classes=59, reduce_zero_label=True),
+    "coco_object": Layout(
+        **_COCO_FILES,
+        classes=81,
+        relabel={
+            **{label: 1 + number for number, label in enumerate(_COCO[:80])},
+            **{label: 0 for label in (*_COCO[80:], IGNORE)},
+        },
+    ),
+    "coco_stuff": Layout(
+        **_COCO_FILES,
+        classes=171,
+        relabel={label: number for number, label in enumerate(_COCO)},
     ),
 }
 
@@ -169,7 +199,8 @@ class ClassLabels:
             raise LabelError(
                 f"{name}: a label is {value}; there are {len(self)} classes, {first} to "
                 f"{len(self) - 1 + first}, and {self.ignore} for ignored pixels. Set "
-                "num_classes or reduce_zero_label to what the files hold."
+                "num_classes (or the lines of classes_file) or reduce_zero_label to what "
+                "the files hold."
             )
         labels[ignored] = IGNORE
         return labels

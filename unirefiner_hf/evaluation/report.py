@@ -72,9 +72,9 @@ def segmentation_report(
     parts = [
         f"<h1>{html.escape(comparison.dataset)}: {html.escape(comparison.task)}</h1>",
         _table(comparison),
-        "<h2>IoU of each class, mean over seeds</h2>",
+        f"<h2>IoU of each class{', mean over seeds' if comparison.probes else ''}</h2>",
         _bars(rows, classes),
-        "<h2>Predictions of the first probe seed</h2>",
+        f"<h2>Predictions{' of the first probe seed' if comparison.probes else ''}</h2>",
         _key(classes),
         *_predictions(images, classes, rows, count),
         "<h2>Principal components of the tokens</h2>",

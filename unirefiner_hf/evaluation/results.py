@@ -14,7 +14,7 @@ The file of a checkpoint, format 1::
           "higher_is_better": true,
           "value": 55.1,                 of this checkpoint, mean over probe seeds
           "std": 0.3,                    over probe seeds (n - 1); null for one seed
-          "seeds": 3,
+          "seeds": 3,                    0 where nothing was trained
           "n": 160,                      images it was measured on
           "register_width": 1,           frame it was measured with, in patches
           "protocol": "linear probe, ...",
@@ -91,6 +91,7 @@ class Comparison:
     Attributes:
         rows: each checkpoint and metric name -> what was measured.
         images: their number.
+        probes: a head was trained for each seed; without, there is one value.
     """
 
     task: str
@@ -101,6 +102,7 @@ class Comparison:
     images: int
     settings: Mapping[str, Any]
     rows: list[tuple[Checkpoint, dict[str, Measured]]] = field(default_factory=list)
+    probes: bool = True
 
     def value(self, row: int, metric: Metric) -> tuple[float, float | None, int]:
         """Mean and standard deviation over seeds, and their number, as shown."""
@@ -161,7 +163,7 @@ class Comparison:
                     "higher_is_better": metric.higher_is_better,
                     "value": round(value, 4),
                     "std": _rounded(std),
-                    "seeds": seeds,
+                    "seeds": seeds if self.probes else 0,
                     "n": self.images,
                     "register_width": checkpoint.register_width,
                     "protocol": self.protocol,
@@ -177,10 +179,12 @@ class Comparison:
         heads = [f"{m.title}{f' ({m.unit})' if m.unit else ''}" for m in self.metrics]
         main = self.metrics[0]
         heads.append(f"{main.title} against {self.rows[0][0].name}, 95 % interval")
+        count = self.value(0, main)[2]
+        seeds = f"mean and standard deviation over {count} probe seeds; "
+        seeds = seeds if self.probes else ""
         lines = [
             f"{self.dataset}, {self.split}, {self.images} images: {self.protocol}; "
-            f"mean and standard deviation over {self.value(0, main)[2]} probe seeds; "
-            "paired bootstrap over images.",
+            f"{seeds}paired bootstrap over images.",
             "",
             "| | " + " | ".join(heads) + " |",
             "|---" * (len(heads) + 1) + "|",

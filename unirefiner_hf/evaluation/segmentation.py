@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -145,6 +145,14 @@ class SegmentationResult:
     areas: np.ndarray
     predictions: list[np.ndarray]
 
+    @classmethod
+    def of(
+        cls, finished: list[tuple[SegmentationScores, np.ndarray, list[np.ndarray]]]
+    ) -> SegmentationResult:
+        """What `Validation.finish` gave for each seed."""
+        scores, areas, shown = zip(*finished, strict=True)
+        return cls(list(scores), np.stack(areas), shown[0])
+
 
 def evaluate_segmentation(
     checkpoint: Checkpoint,
@@ -221,9 +229,9 @@ def train_head(
         optimiser,
         lambda step: learning_rate_share(step, steps, settings.warmup, settings.power),
     )
-    for _ in tqdm(range(steps), desc=title, leave=False, disable=_rank()[0] > 0):
+    for _ in tqdm(range(steps), desc=title, leave=False, disable=processes()[0] > 0):
         features, labels = next(batches)
-        scores = _resized(head(features), labels.shape[-2:])
+        scores = resized(head(features), labels.shape[-2:])
         loss = functional.cross_entropy(
             scores, labels, ignore_index=IGNORE, reduction="sum"
         )
@@ -237,13 +245,14 @@ def train_head(
     head.eval()
 
 
-def _resized(scores: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+def resized(scores: Tensor, size: Sequence[int]) -> Tensor:
+    """Scores ``(batch, classes, rows, columns)`` bilinearly to ``(height, width)``."""
     return functional.interpolate(
         scores, tuple(size), mode="bilinear", align_corners=False
     )
 
 
-def _rank() -> tuple[int, int]:
+def processes() -> tuple[int, int]:
     """Number of this process and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -251,7 +260,7 @@ def _rank() -> tuple[int, int]:
 
 
 def _average_gradients(head: nn.Module) -> None:
-    world = _rank()[1]
+    world = processes()[1]
     if world > 1:
         for parameter in head.parameters():
             if parameter.grad is not None:
@@ -261,7 +270,7 @@ def _average_gradients(head: nn.Module) -> None:
 
 def _share_statistics(head: nn.Module) -> None:
     """One head everywhere: plain BatchNorm kept statistics of its own process."""
-    if _rank()[1] > 1:
+    if processes()[1] > 1:
         for value in (*head.parameters(), *head.buffers()):
             dist.broadcast(value.data, src=0)
 
@@ -274,7 +283,7 @@ def _new_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = LinearHead(checkpoint.hidden_size, classes, settings.head_dropout)
-    if _rank()[1] > 1 and device.type == "cuda":
+    if processes()[1] > 1 and device.type == "cuda":
         head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
     return head.to(device)
 
@@ -283,8 +292,8 @@ def _gathered(
     areas: dict[int, np.ndarray], predictions: dict[int, np.ndarray], pictures: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Per-image results of all processes, in order."""
-    if _rank()[1] > 1:
-        parts: list = [None] * _rank()[1]
+    if processes()[1] > 1:
+        parts: list = [None] * processes()[1]
         dist.all_gather_object(parts, (areas, predictions))
         areas = {k: v for part in parts for k, v in part[0].items()}
         predictions = {k: v for part in parts for k, v in part[1].items()}
@@ -292,7 +301,7 @@ def _gathered(
     return np.stack([areas[number] for number in sorted(areas)]), shown
 
 
-class _Validation:
+class Validation:
     """Counts the predictions of one seed."""
 
     def __init__(self, classes: int, pictures: int) -> None:
@@ -303,7 +312,11 @@ class _Validation:
 
     def add(self, number: int, scores: Tensor, label: np.ndarray) -> None:
         """One image's class scores ``(1, classes, rows, columns)`` against its label."""
-        prediction = _resized(scores, label.shape).argmax(dim=1)[0].cpu()
+        prediction = resized(scores, label.shape).argmax(dim=1)[0].cpu()
+        self.count(number, prediction, label)
+
+    def count(self, number: int, prediction: Tensor, label: np.ndarray) -> None:
+        """One image's predicted classes ``(height, width)``, on the CPU."""
         areas = self.confusion.update(prediction, torch.from_numpy(label))
         self.areas[number] = areas.numpy()
         if number < self.pictures:
@@ -314,13 +327,6 @@ class _Validation:
         self.confusion.all_reduce()
         areas, shown = _gathered(self.areas, self.predictions, self.pictures)
         return self.confusion.scores(), areas, shown
-
-
-def _result(
-    finished: list[tuple[SegmentationScores, np.ndarray, list[np.ndarray]]],
-) -> SegmentationResult:
-    scores, areas, shown = zip(*finished, strict=True)
-    return SegmentationResult(list(scores), np.stack(areas), shown[0])
 
 
 # Fast mode: every image through the tower once
@@ -377,7 +383,7 @@ def cache_tokens(
             pixels.clear()
 
     title = f"tokens of {checkpoint.name}"
-    for number in tqdm(numbers, desc=title, leave=False, disable=_rank()[0] > 0):
+    for number in tqdm(numbers, desc=title, leave=False, disable=processes()[0] > 0):
         image, values = images.pair(number)
         whole.append(classes.read(values, images.names[number]))
         size2 = (size, size)
@@ -401,7 +407,7 @@ def _fast_run(
     pictures: int,
 ) -> SegmentationResult:
     size = checkpoint.side(settings.crop)
-    rank, world = _rank()
+    rank, world = processes()
     mirrored, batch = settings.flip > 0, settings.encode_batch
     cached, _ = cache_tokens(checkpoint, train, classes, size, batch, mirrored=mirrored)
     numbers = range(rank, len(val), world)
@@ -414,13 +420,13 @@ def _fast_run(
         train_head(
             head, batches, settings.fast_iterations, settings, f"probe, seed {seed}"
         )
-        validation = _Validation(len(classes), pictures)
+        validation = Validation(len(classes), pictures)
         with torch.no_grad():
             for index, number in enumerate(numbers):
                 feature = tested.features[index : index + 1].to(device).float()
                 validation.add(number, head(feature), whole[index])
         finished.append(validation.finish())
-    return _result(finished)
+    return SegmentationResult.of(finished)
 
 
 def _cached_batches(
@@ -431,7 +437,7 @@ def _cached_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches, each image once a pass in an order drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
-    total, (rank, world) = len(cached.features), _rank()
+    total, (rank, world) = len(cached.features), processes()
     order = torch.empty(0, dtype=torch.long)
     while True:
         while len(order) < settings.batch:
@@ -460,7 +466,7 @@ class _Crops(Dataset):
         self.images, self.classes, self.crops = images, classes, crops
         self.mean, self.std = checkpoint.mean, checkpoint.std
         self.seed = seed
-        rank, world = _rank()
+        rank, world = processes()
         self.numbers = range(rank, count, world)
 
     def __len__(self) -> int:
@@ -489,7 +495,7 @@ def _full_run(
 ) -> SegmentationResult:
     size = checkpoint.side(settings.crop)
     crops = CropSettings(size, *_rest(settings.crops))
-    device, (rank, world) = checkpoint.model.device, _rank()
+    device, (rank, world) = checkpoint.model.device, processes()
     heads = []
     for seed in range(seeds):
         count = settings.iterations * settings.batch
@@ -509,7 +515,7 @@ def _full_run(
             head, encoded(), settings.iterations, settings, f"probe, seed {seed}"
         )
         heads.append(head)
-    validations = [_Validation(len(classes), pictures) for _ in heads]
+    validations = [Validation(len(classes), pictures) for _ in heads]
     numbers = range(rank, len(val), world)
     for number in tqdm(numbers, desc="validation", leave=False, disable=rank > 0):
         image, values = val.pair(number)
@@ -520,7 +526,7 @@ def _full_run(
             strict=True,
         ):
             validation.add(number, scores, label)
-    return _result([validation.finish() for validation in validations])
+    return SegmentationResult.of([validation.finish() for validation in validations])
 
 
 def _rest(crops: CropSettings) -> tuple:
@@ -553,20 +559,50 @@ def sliding_scores(
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     pixels = preprocess(image, (height, width), checkpoint.mean, checkpoint.std)
+
+    def score(windows: Tensor) -> list[Tensor]:
+        features = checkpoint.feature_map(windows)
+        return [head(features) for head in heads]
+
+    device = checkpoint.model.device
+    batch = settings.encode_batch
+    return slide(pixels, size, settings.stride, batch, score, device)
+
+
+@torch.no_grad()
+def slide(
+    pixels: Tensor,
+    size: int,
+    stride: int,
+    batch: int,
+    score: Callable[[Tensor], list[Tensor]],
+    device: torch.device,
+) -> list[Tensor]:
+    """Scores of every pixel of one image, averaged where windows overlap.
+
+    Args:
+        pixels: ``(3, height, width)``, both at least `size`.
+        size: side of a window in pixels.
+        batch: windows `score` takes at once, on `device`.
+        score: ``(windows, 3, size, size)`` to one or several ``(windows, classes, rows,
+            columns)``.
+
+    Returns:
+        For each of them ``(1, classes, height, width)`` on the CPU.
+    """
+    height, width = pixels.shape[-2:]
     places = [
         (top, left)
-        for top in window_starts(height, size, settings.stride)
-        for left in window_starts(width, size, settings.stride)
+        for top in window_starts(height, size, stride)
+        for left in window_starts(width, size, stride)
     ]
     totals: list[Tensor] = []
     counts = torch.zeros(1, 1, height, width)
-    for start in range(0, len(places), settings.encode_batch):
-        chunk = places[start : start + settings.encode_batch]
+    for start in range(0, len(places), batch):
+        chunk = places[start : start + batch]
         windows = [pixels[:, t : t + size, x : x + size] for t, x in chunk]
-        stack = torch.stack(windows).to(checkpoint.model.device)
-        features = checkpoint.feature_map(stack)
-        for index, head in enumerate(heads):
-            scores = _resized(head(features), (size, size)).cpu()
+        for index, scores in enumerate(score(torch.stack(windows).to(device))):
+            scores = resized(scores, (size, size)).cpu()
             if len(totals) == index:
                 totals.append(torch.zeros(1, scores.shape[1], height, width))
             for (top, left), part in zip(chunk, scores, strict=True):

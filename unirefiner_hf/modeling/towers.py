@@ -74,6 +74,10 @@ class TowerFamily:
         dual_encoder: ``model_type`` of image-text checkpoints that hold this tower.
         other_parts: first parts of the weight names in a published checkpoint that
             belong to no part of the tower: the other half, or heads of its training.
+        text_reading: how patch tokens reach the space of the text (`dense_text`):
+            ``block``, the last layer computed again, the last norm and the visual
+            projection; ``head``, the value path of the pooling head. None: no text, or
+            no published reading.
         note: what a user should know, for the table of support.
     """
 
@@ -97,6 +101,7 @@ class TowerFamily:
     shuffles: bool = False
     dual_encoder: str | None = None
     other_parts: tuple[str, ...] = ()
+    text_reading: str | None = None
     note: str = ""
 
     def num_prefix_tokens(self, config: PreTrainedConfig) -> int:
@@ -174,6 +179,7 @@ FAMILIES: dict[str, TowerFamily] = {
         interpolate=True,
         dual_encoder="clip",
         other_parts=_DUAL_REST,
+        text_reading="block",
     ),
     "metaclip_2_vision_model": TowerFamily(
         checkpoints="facebook/metaclip-2-*",
@@ -186,6 +192,7 @@ FAMILIES: dict[str, TowerFamily] = {
         interpolate=True,
         dual_encoder="metaclip_2",
         other_parts=_DUAL_REST,
+        text_reading="block",
     ),
     "siglip_vision_model": TowerFamily(
         checkpoints="google/siglip-*, fixed-size google/siglip2-*",
@@ -200,6 +207,7 @@ FAMILIES: dict[str, TowerFamily] = {
         pooling_head_field="vision_use_head",
         dual_encoder="siglip",
         other_parts=("text_model", "logit_scale", "logit_bias"),
+        text_reading="head",
     ),
     "siglip2_vision_model": TowerFamily(
         checkpoints="google/siglip2-*-naflex",
@@ -214,6 +222,7 @@ FAMILIES: dict[str, TowerFamily] = {
         pooling_head_field="vision_use_head",
         dual_encoder="siglip2",
         other_parts=("text_model", "logit_scale", "logit_bias"),
+        text_reading="head",
         note="given images of one size a batch; cut into patches inside",
     ),
     "vit": TowerFamily(
@@ -326,7 +335,8 @@ FAMILIES: dict[str, TowerFamily] = {
         ),
         dual_encoder="aimv2",
         other_parts=_DUAL_REST,
-        note="native resolution only",
+        note="native resolution only; its text side is not kept: no published reading of "
+        "its patch tokens as words",
     ),
     "tipsv2_vision_model": TowerFamily(
         checkpoints="google/tipsv2-*",
@@ -340,6 +350,7 @@ FAMILIES: dict[str, TowerFamily] = {
         settings=(("drop_path_rate", 0.0),),
         dual_encoder="tipsv2",
         other_parts=("text_model", "temperature"),
+        note="its text side is not kept: its reading of patch tokens is not checked here",
     ),
     "beit": TowerFamily(
         checkpoints="microsoft/beit-*",
@@ -388,6 +399,7 @@ FAMILIES: dict[str, TowerFamily] = {
         final_norm="post_layernorm",
         norm_in_output=False,
         other_parts=_DUAL_REST,
+        text_reading="block",
         note="our own module; reads the published layout as safetensors",
     ),
     InternViTConfig.model_type: TowerFamily(

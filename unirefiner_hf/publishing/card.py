@@ -169,6 +169,7 @@ def render_card(
         native=native,
         weights=weights or {},
         adapter=any(name.startswith("adapter/") for name in weights or {}),
+        text=any(name.startswith("text/") for name in weights or {}),
     )
     return str(rendered).rstrip() + "\n"
 

@@ -18,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
+from ..modeling.text_side import TextSide
 from ..training.trainer import save_adapter
 from .card import CardData, render_card
 from .digests import weight_digests
@@ -53,6 +54,7 @@ def export_refined(
     card: CardData,
     images: Mapping[str, Image.Image] | None = None,
     results: Mapping[str, bytes] | None = None,
+    text_side: TextSide | None = None,
     dtype: torch.dtype = torch.float32,
     native: bool = False,
     overwrite: bool = False,
@@ -62,7 +64,9 @@ def export_refined(
 
     Weights as safetensors, config, image processor, the adapter alone in ``adapter/``,
     a model card with the sha256 of every weight file, and the model's own code, so that
-    it loads with ``trust_remote_code=True`` where this package is not installed.
+    it loads with ``trust_remote_code=True`` where this package is not installed. The text
+    side of a dual encoder goes into ``text/`` as it is, in its own dtype: loading the
+    model does not fetch it, so it costs nobody who does not want it.
 
     Args:
         model: the refined model; its adapter is merged in place.
@@ -71,6 +75,7 @@ def export_refined(
         image_size: side of the images the model was refined on, in pixels.
         images: pictures the card shows, by file name.
         results: further files that lie beside the weights, by name.
+        text_side: of the base; None leaves it out, as does `native`.
         dtype: of the saved weights; the merge itself is in float32.
         native: save the plain tower, for users who pad by themselves, without frame or
             code of this package.
@@ -107,6 +112,8 @@ def export_refined(
         saved.save_pretrained(draft, max_shard_size=max_shard_size)
         if not native:
             save_remote_code(draft)
+            if text_side is not None:
+                text_side.save(draft, max_shard_size=max_shard_size)
         resized_processor(image_processor, image_size).save_pretrained(draft)
         for name, image in (images or {}).items():
             image.save(draft / name)

@@ -30,6 +30,7 @@ from .hub import (
     remote_state,
     with_retries,
 )
+from ..modeling.text_side import TEXT
 from .merge import SHARD_SIZE
 from .reload_check import ReloadReport, check_reload, encode, example_pixels
 from .run_folder import export_run, load_refined, read_run
@@ -94,6 +95,7 @@ def push_run(
     model: str | None = None,
     model_license: str | None = None,
     register_width: int | None = None,
+    keep_text: bool | None = None,
     dtype: torch.dtype = torch.float32,
     native: bool = False,
     max_shard_size: str = SHARD_SIZE,
@@ -113,8 +115,8 @@ def push_run(
         create_pr: propose the commit as a pull request.
         force: replace the model of a repository that is not ours.
         tag: None: ``v`` and the version of the recipe's package.
-        model, model_license, register_width, dtype, native, max_shard_size: see
-            `merge_run`.
+        model, model_license, register_width, keep_text, dtype, native, max_shard_size:
+            see `merge_run`.
         token: None: the one of the environment or of ``hf auth login``.
 
     Raises:
@@ -138,7 +140,8 @@ def push_run(
             "--private out."
         )
 
-    base = load_refined(found, model, model_license, register_width)
+    kept = False if native else keep_text
+    base = load_refined(found, model, model_license, register_width, kept)
     if base.license is None:
         raise HubError(
             f"The licence of {base.name} is unknown, and a published model needs one: "
@@ -272,7 +275,7 @@ def _plan(api: HfApi, repo_id: str, folder: Path, state: RemoteState) -> Plan:
     stale = [
         name
         for name in difference.missing_paths
-        if name in ours and name.endswith(STALE)
+        if name in ours and (name.endswith(STALE) or name.startswith(f"{TEXT}/"))
     ]
     return Plan(
         state.head, tuple(sorted([*changed, *difference.extra_paths])), tuple(stale)

@@ -125,6 +125,7 @@ def merge_run(
     model: str | None = None,
     model_license: str | None = None,
     register_width: int | None = None,
+    keep_text: bool | None = None,
     dtype: torch.dtype = torch.float32,
     native: bool = False,
     overwrite: bool = False,
@@ -138,6 +139,7 @@ def merge_run(
         model: Hub name or folder of the base, where it is not the recorded Hub name.
         model_license: of the base, where the run does not know it.
         register_width: frame of the published model in patches; None: the run's.
+        keep_text: keep the base's text side; None: as the run was asked to.
 
     Returns:
         The folder written.
@@ -148,7 +150,8 @@ def merge_run(
         ExportError: see `export_refined`.
     """
     run = read_run(folder)
-    base = load_refined(run, model, model_license, register_width)
+    kept = False if native else keep_text
+    base = load_refined(run, model, model_license, register_width, kept)
     return export_run(
         run,
         base,
@@ -165,6 +168,7 @@ def load_refined(
     model: str | None = None,
     model_license: str | None = None,
     register_width: int | None = None,
+    keep_text: bool | None = None,
 ) -> Base:
     """The refined model of a run, its adapter not merged; arguments as in `merge_run`.
 
@@ -175,7 +179,7 @@ def load_refined(
     """
     if model_license is not None:
         run.record["model"]["license"] = model_license
-    base = _load(run, model)
+    base = _load(run, model, keep_text)
     run.record["model"]["license"] = base.license
     config = base.model.config
     config.register_width = _register_width(run, register_width, base)
@@ -216,11 +220,12 @@ def export_run(
         card=card_from_record(run.record, entries, repo_id),
         images={picture.name: Image.open(picture) for picture in run.pictures},
         results=results,
+        text_side=None if base.text_side is None else base.text_side(),
         **options,
     )
 
 
-def _load(run: RunFolder, model: str | None) -> Base:
+def _load(run: RunFolder, model: str | None, keep_text: bool | None) -> Base:
     recorded = run.record["model"]
     name = recorded["base"]
     if model is None and "/" not in name and name != STARTER:
@@ -233,6 +238,7 @@ def _load(run: RunFolder, model: str | None) -> Base:
         revision=recorded["revision"] if model is None else None,
         model_license=recorded["license"],
         base_dtype="float32",
+        keep_text=recorded.get("keep_text") if keep_text is None else keep_text,
         **{key: recorded[key] for key in BASE_KEYS},
     )
     try:

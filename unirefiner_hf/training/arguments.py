@@ -49,6 +49,14 @@ class ModelArguments:
         default=False,
         metadata={"help": "Run the model repository's own code. Off unless asked for."},
     )
+    keep_text: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put the base's text tower, projections and tokenizer, unchanged, into "
+            "text/ of the merged model, so that it stays a dual encoder. Unset: where the "
+            "base has them."
+        },
+    )
     base_dtype: str = field(
         default="auto",
         metadata={

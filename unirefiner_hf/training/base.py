@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,16 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..modeling.text_side import (
+    NoTextSideError,
+    TextSide,
+    TextSideError,
+    find_text_side,
+    load_text_side,
+)
 from ..modeling.towers import (
     DUAL_ENCODERS,
     family_of,
@@ -29,6 +39,8 @@ from .arguments import ModelArguments
 from .float8 import use_float8
 from .lora import add_adapter
 from .quantized import quantization
+
+logger = logging.get_logger(__name__)
 
 
 class BaseError(ValueError):
@@ -43,6 +55,7 @@ class Base:
         name: Hub id, or the last part of a local path; safe to publish.
         mean, std: of each channel, as the image processor normalises.
         license: as the model's card or the user says; None if neither does.
+        text_side: reads the text side that is kept; None where none is.
     """
 
     model: UniRefinerModel
@@ -52,13 +65,15 @@ class Base:
     name: str
     license: str | None
     image_size: int
+    text_side: Callable[[], TextSide] | None = None
 
 
 def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
     """The register model round the tower the arguments name, with a fresh adapter.
 
     Raises:
-        BaseError: the image size is off the patch grid, or unknown.
+        BaseError: the image size is off the patch grid, or unknown; or the text side
+            should be kept and cannot be.
         QuantizationError: the base should be quantised, and bitsandbytes is missing.
         ValueError: the tower is not supported.
     """
@@ -81,6 +96,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         attn_implementation=model_args.attn_implementation,
         trust_remote_code=trust,
     )
+    text_side = _text_side(model_args, source)
     processor = load_processor(
         source, revision=model_args.revision, trust_remote_code=trust
     )
@@ -94,6 +110,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
         name=name,
         license=license_name or _license(source),
         image_size=image_size,
+        text_side=text_side,
     )
 
 
@@ -117,6 +134,27 @@ def load_processor(source: str, **options: Any) -> Any:
             "the mean and deviation its images were normalised with. Save the processor "
             "of its training there: processor.save_pretrained(folder)."
         ) from error
+
+
+def _text_side(
+    model_args: ModelArguments, source: str
+) -> Callable[[], TextSide] | None:
+    """What reads the text side at the end; found out at the start whether it can."""
+    if model_args.keep_text is False:
+        return None
+    place: dict[str, Any] = {
+        "revision": model_args.revision,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    try:
+        find_text_side(source, **place)
+    except TextSideError as problem:
+        if model_args.keep_text:
+            raise BaseError(f"keep_text is true. {problem}") from problem
+        if not isinstance(problem, NoTextSideError):
+            logger.warning(f"The merged model will be without text: {problem}")
+        return None
+    return partial(load_text_side, source, **place)
 
 
 def base_source(model_args: ModelArguments) -> tuple[str, str]:

@@ -266,11 +266,11 @@ def _finish(
     }
     write_json(run / "metrics.json", metrics)
     write_json(run / RECORD, {**record, "finished": True})
+    load_whole()
     quantized = model_args.base_quantization is not None
     whole_weights = not quantized and not trainer.is_sharded
     if not whole_weights or next(model.parameters()).dtype != torch.float32:
         # The merge is in float32, from the base's own weights.
-        load_whole()
         whole = dataclasses.replace(
             model_args, base_dtype="float32", base_quantization=None
         )
@@ -285,6 +285,7 @@ def _finish(
         image_size=base.image_size,
         card=card_from_record(record),
         images=images,
+        text_side=None if base.text_side is None else base.text_side(),
         overwrite=True,
     )
     logger.warning(f"The refined model is in {run / 'merged'}.")
@@ -434,6 +435,7 @@ def _record(
             "lora_rank": model_args.lora_rank,
             "lora_alpha": model_args.lora_alpha,
             "lora_dropout": model_args.lora_dropout,
+            "keep_text": base.text_side is not None,
         },
         "data": {
             "source": data.resolve().name if data.exists() else data_args.data,

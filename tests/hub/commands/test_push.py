@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from tests.dual_encoders import save_dual_run
 from tests.hub.commands.verbs import ALICE, BOB, REPO, refused, succeed
 from tests.hub.conftest import make_hub
 from tests.publishing.conftest import make_record, make_refined, pixels
@@ -97,6 +98,30 @@ def test_a_run_is_published_and_used(hub, push, client_env, tmp_path):
     succeed(script(pasted, anybody, cwd=tmp_path))
     example = (PACKAGE.parent / "examples" / "segmentation_backbone.py").read_text()
     assert "step 2: loss" in succeed(script(example, anybody, REPO, "2"))
+
+
+def test_a_dual_encoder_is_published_whole(hub, verbs, client_env, tmp_path):
+    _, run, base = save_dual_run(tmp_path, "clip")
+    words = ["push", str(run), REPO, "--model", str(base)]
+    succeed(verbs(*words, token=ALICE, proved=True))
+    files = hub.files(REPO)
+    kept = {name for name in files if name.startswith("text/")}
+    own = ("config.json", "model.safetensors", "tokenizer.json")
+    assert {f"text/{name}" for name in own} <= kept
+    assert "as published" in succeed(verbs("verify", REPO))
+    text = files["README.md"].decode()
+    stated = ModelCard(text).data["unirefiner"]["weights"]
+    assert "text/model.safetensors" in stated
+    (example,) = [
+        part.split("```")[0]
+        for part in text.split("```python\n")[1:]
+        if "load_text_side" in part.split("```")[0]
+    ]
+    done = script(example, client_env(token=None), cwd=tmp_path)
+    assert "torch.Size([36, 2])" in succeed(done)
+    succeed(verbs(*words, "--no_text", "--tag", "v2", token=ALICE))
+    assert not [name for name in hub.files(REPO) if name.startswith("text/")]
+    assert hub.files(REPO, "v0.1.0").keys() == files.keys()
 
 
 def test_pushing_again_uploads_nothing(hub, push, run):
