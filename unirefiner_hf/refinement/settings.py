@@ -54,17 +54,6 @@ class UniRefinerSettings(FilterSettings):
             "published recipes use 0.3, and 1.0 for the largest towers."
         },
     )
-    detector_cosine: float = field(
-        default=0.55,
-        metadata={
-            "help": "A target this similar to a register token is rejected; "
-            "image-to-register cosines below it pass no gradient in L_uni."
-        },
-    )
-    detector_share: float = field(
-        default=1 / 3,
-        metadata={"help": "Share of the register tokens used as detectors."},
-    )
     match_to_full_image: bool = field(
         default=True,
         metadata={
@@ -79,8 +68,19 @@ class UniRefinerSettings(FilterSettings):
             "most similar to the reference."
         },
     )
+    uni_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of L_uni, which pushes image tokens away from register "
+            "tokens. 0 leaves it out (published ablation: 45.8 in place of 49.8 mIoU)."
+        },
+    )
     spurious_weight: float = field(
-        default=0.1, metadata={"help": "Weight of L_spu, the absorption loss."}
+        default=0.1,
+        metadata={
+            "help": "Weight of L_spu, the absorption loss. 0 leaves it out (published "
+            "ablation: 45.0 in place of 49.8 mIoU)."
+        },
     )
     scd_weight: float = field(
         default=0.4,
@@ -126,7 +126,6 @@ class UniRefinerSettings(FilterSettings):
         )
         require(self, "crop_aspect_max", self.crop_aspect_max >= 1, "at least 1")
         require(self, "temperature", self.temperature > 0, "positive")
-        require(self, "detector_share", 0 < self.detector_share <= 1, "in (0, 1]")
         require(self, "absorption_top", 0 < self.absorption_top <= 1, "in (0, 1]")
         require(self, "scd_start", 0 <= self.scd_start <= 1, "in [0, 1]")
         require(self, "scd_register_width", self.scd_register_width >= 0, "0 or more")
