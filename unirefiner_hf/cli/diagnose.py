@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="an adapter that plants known dirt in the tower: tell how well each filter "
-        "finds it, instead of the measures (see unirefiner_hf.evaluation.planted)",
+        "finds it, instead of the measures (see unirefiner_hf.evaluation.filter_agreement)",
     )
     parser.add_argument(
         "--plot",
@@ -178,7 +178,8 @@ def _tell_truth(
     pictures: list[Image.Image],
     skipped: list[str],
 ) -> None:
-    from ..evaluation.planted import measure_truth, plot_truth, truth_table
+    from ..evaluation.agreement_report import plot_truth, truth_table
+    from ..evaluation.filter_agreement import measure_truth
 
     report = measure_truth(checkpoint, arguments.truth, pictures, arguments.size)
     print(truth_table(report))
