@@ -136,7 +136,7 @@ def test_filters_that_see_the_truth_find_it():
 def test_what_is_told_is_what_training_rejects(planter, monkeypatch):
     """The shares of a training step on the same views are those of the report."""
     _, model = planter
-    settings = UniRefinerSettings(ah_layers=[0, 1])
+    settings = UniRefinerSettings(ah_layers=[0, 1], detector_cosine=0.5)
     torch.manual_seed(1)
     objective = UniRefinerObjective(model, settings, torch.randn(1, 3, 24, 24)).eval()
     pixels = torch.randn(2, 3, 24, 24)
@@ -155,6 +155,7 @@ def test_what_is_told_is_what_training_rejects(planter, monkeypatch):
         reference = objective.reference_views(24, 24)[1]
         _, _, shares = objective._filter(teacher, target, registers, reference)
     for name in filters.NAMES:
+        assert 0 < reports[name].default.marked < 1
         assert reports[name].default.marked == pytest.approx(
             shares[f"rejected_{name}"].item()
         )

@@ -53,10 +53,9 @@ def plot_truth(reports: Mapping[str, FilterReport], planted: float) -> Figure:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, report in reports.items():
-        points = [at for at in report.sweep if at.precision is not None]
-        (line,) = axes.plot(
-            [at.recall for at in points], [at.precision for at in points], label=name
-        )
+        points = [(at.recall, at.precision) for at in report.sweep]
+        recall, precision = zip(*((r, p) for r, p in points if p is not None))
+        (line,) = axes.plot(recall, precision, label=name)
         if report.default.precision is not None:
             axes.plot(
                 report.default.recall,

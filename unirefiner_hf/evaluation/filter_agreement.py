@@ -236,7 +236,7 @@ def compare_filters(
         masks = [f.spurious if name == UNION else f.rejected[name] for f in findings]
         return torch.cat(masks).cpu()
 
-    def at(name: str, limit: float, **limits: float) -> Agreement:
+    def at(name: str, limit: float, **limits: Any) -> Agreement:
         return agreement(marked(name, replace(settings, **limits)), truth, limit)
 
     reports: dict[str, FilterReport] = {}
