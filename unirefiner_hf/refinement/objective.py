@@ -56,6 +56,8 @@ class UniRefinerObjective(nn.Module):
         register_factor: the frame is ``max(1, floor(side / register_factor))`` patches
             wide, side being the shorter side of the image in patches.
         channel_mask: ``(hidden,)``, 0 for lazy channels; None keeps every channel.
+        white: ``(3,)``, white in the space of the images, for methods that fill with it;
+            None: 1.
 
     Raises:
         TypeError: the tower has no PEFT adapter.
@@ -64,6 +66,7 @@ class UniRefinerObjective(nn.Module):
 
     reference: Tensor
     channel_mask: Tensor
+    white: Tensor
 
     def __init__(
         self,
@@ -72,13 +75,10 @@ class UniRefinerObjective(nn.Module):
         reference: Tensor,
         register_factor: int = 32,
         channel_mask: Tensor | None = None,
+        white: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model.tower, PeftModel):
-            raise TypeError(
-                "UniRefinerObjective needs a tower with an adapter: the teacher is the "
-                "tower with its adapter off. Wrap model.tower with peft.get_peft_model."
-            )
+        self._check_tower(model)
         layers = model.config.vision_config.num_hidden_layers
         if settings.flow_layers and settings.flow_layers[-1] >= layers:
             raise ValueError(
@@ -91,8 +91,17 @@ class UniRefinerObjective(nn.Module):
         if channel_mask is None:
             channel_mask = torch.ones(model.config.vision_config.hidden_size)
         self.register_buffer("channel_mask", channel_mask, persistent=False)
+        white = torch.ones(3) if white is None else white
+        self.register_buffer("white", white, persistent=False)
         self.register_buffer("reference", reference.float(), persistent=False)
         self._reference_cache: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def _check_tower(self, model: UniRefinerModel) -> None:
+        if not isinstance(model.tower, PeftModel):
+            raise TypeError(
+                "UniRefinerObjective needs a tower with an adapter: the teacher is the "
+                "tower with its adapter off. Wrap model.tower with peft.get_peft_model."
+            )
 
     def register_width(self, height: int, width: int) -> int:
         """Frame in patches for an image of this many pixels (method, section 2)."""
@@ -193,6 +202,11 @@ class UniRefinerObjective(nn.Module):
         """The teacher's ``(batch, patches, hidden)`` tokens as they are, no gradient."""
         with self._without_gradient(), self._adapter_off():
             return self.model.encode(pixel_values.to(self.reference), 0).image
+
+    @property
+    def looks_for_lazy_channels(self) -> bool:
+        """Whether the channels that dominate every cosine are looked for before training."""
+        return self.settings.lazy_channels
 
     def set_channel_mask(self, channel_mask: Tensor) -> None:
         """Leave the channels that are 0 in ``(hidden,)`` out of every cosine."""

@@ -1,17 +1,18 @@
-"""Hyper-parameters of UniRefiner."""
+"""Hyper-parameters of the methods."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ..spurious.settings import FilterSettings, require
+from .ph_reg_settings import PHRegSettings
 
-METHODS = ("unirefiner", "plain")
+METHODS = ("unirefiner", "ph_reg", "plain")
 
 
 @dataclass
-class UniRefinerSettings(FilterSettings):
-    """Hyper-parameters of one UniRefiner step (arXiv 2605.19622).
+class UniRefinerSettings(FilterSettings, PHRegSettings):
+    """Hyper-parameters of one UniRefiner step (arXiv 2605.19622), and PH-Reg's.
 
     Defaults are those of the authors' release. Similarities are cosines,
     widths and layers are counted in patches and from 0.
@@ -23,8 +24,9 @@ class UniRefinerSettings(FilterSettings):
     method: str = field(
         default="unirefiner",
         metadata={
-            "help": "'unirefiner', or 'plain': the same distillation without registers "
-            "and filters, the control of every comparison.",
+            "help": "'unirefiner'; 'ph_reg', the second method, with learned register tokens; "
+            "or 'plain': UniRefiner's distillation without registers and filters, the "
+            "control of every comparison.",
             "choices": list(METHODS),
         },
     )
@@ -113,7 +115,8 @@ class UniRefinerSettings(FilterSettings):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        FilterSettings.__post_init__(self)
+        PHRegSettings.__post_init__(self)
         methods = " or ".join(map(repr, METHODS))
         require(self, "method", self.method in METHODS, methods)
         require(self, "num_crops", self.num_crops >= 1, "at least 1")

@@ -33,6 +33,7 @@ _FLASH = "_scaled_dot_product_flash_attention"
 
 COMPOSITES = "teacher, composites"
 CROPS = "teacher, crops"
+VIEWS = "teacher, shifted views"
 FULL_IMAGE = "teacher, full image"
 STUDENT = "student forward"
 RELATION = "relation crops"
@@ -40,7 +41,7 @@ LOSSES = "losses and filters"
 BACKWARD = "backward"
 RECOMPUTATION = "recomputation"
 OTHER = "views and tokens"
-PASSES = (COMPOSITES, CROPS, FULL_IMAGE, STUDENT, RELATION)
+PASSES = (COMPOSITES, CROPS, VIEWS, FULL_IMAGE, STUDENT, RELATION)
 PARTS = (*PASSES, LOSSES, BACKWARD, RECOMPUTATION, OTHER)
 """The parts of a step, in the order they are told."""
 
@@ -113,7 +114,10 @@ def dry_step(
     """
     settings = copy.copy(settings)
     if as_on_gpu and settings.no_grad_batch is None:
-        settings.no_grad_batch = batch * settings.num_crops
+        most = settings.num_crops
+        if settings.method == "ph_reg":
+            most = settings.teacher_views
+        settings.no_grad_batch = batch * most
     meter = _Meter()
     with FakeTensorMode(), meter:
         model._apply(_without_data)
@@ -161,7 +165,7 @@ class _Told:
 
     meter: _Meter
     batch: int
-    teaching = False
+    teaching = viewing = False
 
     @contextmanager
     def _adapter_off(self) -> Iterator[None]:
@@ -172,7 +176,9 @@ class _Told:
 
     def _encode(self, images: Tensor, register_width: int) -> Tensor:
         part = RELATION
-        if self.teaching:
+        if self.viewing:
+            part = VIEWS
+        elif self.teaching:
             part = FULL_IMAGE if len(images) == self.batch else CROPS
         with self.meter.part(part):
             return super()._encode(images, register_width)  # type: ignore[misc]
@@ -180,6 +186,16 @@ class _Told:
     def _encode_with_flow(self, *args: Any) -> Any:
         with self.meter.part(COMPOSITES):
             return super()._encode_with_flow(*args)  # type: ignore[misc]
+
+    def _encode_views(self, views: Tensor) -> Tensor:
+        self.viewing = True
+        tokens = super()._encode_views(views)  # type: ignore[misc]
+        self.viewing = False
+        return tokens
+
+    def _distilled(self, *args: Any) -> Any:
+        with self.meter.part(LOSSES):
+            return super()._distilled(*args)  # type: ignore[misc]
 
     def _losses(self, *args: Any) -> Any:
         with self.meter.part(LOSSES):
