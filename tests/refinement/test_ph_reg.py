@@ -115,9 +115,8 @@ def test_a_step_trains_what_the_paper_unlocks(family):
         )
         assert (parameter.grad is not None) == unlocked, name
     assert model.register_tokens.grad.abs().sum() > 0
-    assert out["loss"] == pytest.approx(
-        out["loss_cosine"].item() + out["loss_mse"].item(), rel=1e-5
-    )
+    total = out["loss_cosine"] + out["loss_mse"]
+    assert out["loss"].item() == pytest.approx(total.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", REFUSED)
