@@ -272,7 +272,8 @@ class _Meter(TorchDispatchMode):
         out = _value_free(func, args, kwargs)
         formula = self.formulas.get(func.overloadpacket)
         if formula is not None:
-            dtype = tree_leaves(out)[0].dtype
+            # A convolution's backward gives None for the gradient of the image.
+            dtype = next(leaf.dtype for leaf in tree_leaves(out) if leaf is not None)
             self.flops[self._part][dtype] += formula(*args, **kwargs, out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
