@@ -32,28 +32,11 @@ from unirefiner_hf.images import load_rgb
 from unirefiner_hf.refinement.objective import UniRefinerObjective
 from unirefiner_hf.refinement.settings import UniRefinerSettings
 from unirefiner_hf.spurious import filters, similarity
-from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.base import load_base
-from unirefiner_hf.training.trainer import save_adapter
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "dirty"
 DIRTY = next(
     (p for p in (SHARED, SHARED.parents[2] / "shared" / "dirty") if p.is_dir()), SHARED
 )
-
-
-@pytest.fixture
-def planter(tower_folder, tmp_path):
-    """An adapter of the tiny tower that changes its tokens."""
-    model = load_base(ModelArguments(str(tower_folder), image_size=24)).model
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path / "planter"
-    folder.mkdir()
-    save_adapter(model, folder)
-    return folder, model.eval()
 
 
 def image_of_spreads(order):
