@@ -17,8 +17,12 @@ from unirefiner_hf.publishing.reload_check import check_reload, encode, example_
 from unirefiner_hf.publishing.run_folder import load_refined, merge_run, read_run
 from unirefiner_hf.refinement.settings import UniRefinerSettings
 from unirefiner_hf.training.base import BaseError
-from unirefiner_hf.training.run import refine
-from unirefiner_hf.training.trainer import CheckpointError, load_adapter
+from unirefiner_hf.training.run import RunError, refine
+from unirefiner_hf.training.trainer import (
+    CheckpointError,
+    RefinementTrainer,
+    load_adapter,
+)
 
 METHOD = {"method": "ph_reg", "register_tokens": 4, "teacher_views": 3}
 
@@ -196,6 +200,24 @@ def test_towers_without_positions_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="dinov3_vit tower takes no register tokens"):
         refine(*arguments(model={"model": str(tower)}, method=METHOD))
     assert not (tmp_path / "run").exists()
+
+
+def test_parted_weights_are_refused(arguments, monkeypatch):
+    monkeypatch.setattr(RefinementTrainer, "parts_weights", True)
+    with pytest.raises(RunError, match="ZeRO-3 or FSDP"):
+        refine(*arguments(method=METHOD))
+
+
+def test_a_checkpoint_of_an_unfinished_run_has_no_frame(
+    arguments, tower_folder, tmp_path
+):
+    run = refine(*arguments(method=METHOD, data={"report_images": 0}, max_steps=1))
+    record = json.loads((run / "run.json").read_text())
+    del record["model"]["register_width"]
+    (run / "run.json").write_text(json.dumps({**record, "finished": False}))
+    merged = tmp_path / "merged"
+    merge_run(run / "checkpoint-1", merged, model=str(tower_folder))
+    assert AutoModel.from_pretrained(merged).config.register_width == 0
 
 
 def test_defaults_are_the_published_ones():

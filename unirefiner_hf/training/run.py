@@ -95,8 +95,8 @@ def refine(
         The run's folder.
 
     Raises:
-        RunError: the folder holds a run already, or it would be published without a
-            licence.
+        RunError: the folder holds a run already, it would be published without a licence,
+            or PH-Reg is launched with parted weights.
         BaseError: the image size does not fit the tower.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
         LostProcessError: another process of the run is gone.
@@ -169,6 +169,12 @@ def refine(
         data_collator=collate,
         lazy_channels=lazy,
     )
+    if settings.method == "ph_reg" and trainer.parts_weights:
+        raise RunError(
+            "Method ph_reg exchanges weights of the tower for the teacher's, which needs all "
+            "of them in each process: launch with ddp.yaml or zero2.yaml in place of ZeRO-3 "
+            "or FSDP."
+        )
     if args.push_to_hub:
         trainer.add_callback(HubSync(args, base.name))
     if args.snapshot_steps and shown:

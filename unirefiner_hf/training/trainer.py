@@ -319,6 +319,11 @@ class RefinementTrainer(Trainer):
         """Whether DeepSpeed or FSDP holds the model's or the optimiser's state."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
+    @property
+    def parts_weights(self) -> bool:
+        """Whether no process holds every weight (ZeRO-3, FSDP)."""
+        return bool(self.is_fsdp_enabled or self._zero_stage == 3)
+
     def save_adapter(self, folder: Path) -> None:
         """Write the trained adapter as PEFT does; to be called on every process."""
         weights: dict[str, Tensor] | None = None
