@@ -78,5 +78,7 @@ def test_an_unchanged_student_meets_its_teacher(plain):
 
 def test_the_method_is_a_setting():
     assert UniRefinerSettings().method == "unirefiner"
-    with pytest.raises(ValueError, match="method is 'plane'.*'unirefiner' or 'plain'"):
+    with pytest.raises(
+        ValueError, match="method is 'plane'.*'unirefiner' or 'ph_reg' or 'plain'"
+    ):
         UniRefinerSettings(method="plane")

@@ -6,11 +6,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
 from benchmarks.memory_check import Case, allocated_bytes, estimated_bytes
-from tests.conftest import ALL_FAMILIES, make_tiny_tower
+from tests.conftest import ALL_FAMILIES, FAMILIES, make_tiny_tower
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.refinement.objective import UniRefinerObjective
+from unirefiner_hf.refinement.ph_reg import PHReg
 from unirefiner_hf.refinement.plain_distillation import PlainDistillation
 from unirefiner_hf.refinement.settings import UniRefinerSettings
+from unirefiner_hf.refinement.unlocked import UnlockedTower, unlocked_names
 from unirefiner_hf.training import dry_run
 from unirefiner_hf.training.dry_run import dry_step
 from unirefiner_hf.training.lora import add_adapter
@@ -118,13 +120,38 @@ def test_the_plain_method_is_counted_as_it_is():
     assert cost.flops[dry_run.LOSSES] and dry_run.COMPOSITES not in cost.flops
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ph_reg_is_counted_as_it_is(family):
+    settings = UniRefinerSettings(method="ph_reg", teacher_views=3)
+
+    def unlocked():
+        tower = make_tiny_tower(family)
+        tower.set_attn_implementation("sdpa")
+        model = UniRefinerModel.from_tower(tower, num_register_tokens=4)
+        model.tower = UnlockedTower(tower, unlocked_names(tower))
+        return model
+
+    real = counted_step(unlocked(), settings, method=PHReg)
+    model = unlocked().to("meta")
+    cost = without_data(model, settings, objective_type=PHReg)
+    assert cost.total_flops == real
+    assert cost.images[dry_run.VIEWS] == 6 and cost.images[dry_run.STUDENT] == 2
+    prefix = model.family.num_prefix_tokens(model.config.vision_config)
+    patches = (SIZE // 4) ** 2
+    assert cost.tokens[dry_run.VIEWS] == 6 * (patches + prefix)
+    assert cost.tokens[dry_run.STUDENT] == 2 * (patches + prefix + 4)
+    assert cost.trainable == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
 def test_mixed_precision_halves_the_tower_and_leaves_the_losses():
     model = tiny_model("dinov2", "sdpa").to("meta")
     model.tower.get_base_model().to(torch.bfloat16)
     cost = without_data(
         model, UniRefinerSettings(), autocast=torch.bfloat16, as_on_gpu=True
     )
-    for part in {*dry_run.PASSES} - {dry_run.CROPS}:
+    for part in {*dry_run.PASSES} - {dry_run.CROPS, dry_run.VIEWS}:
         assert set(cost.flops[part]) == {torch.bfloat16}
     assert set(cost.flops[dry_run.LOSSES]) == {torch.float32}
 

@@ -91,6 +91,19 @@ def test_published_numbers(name):
     assert (training.num_train_epochs, training.lr_scheduler_type) == (2, "constant")
 
 
+def test_ph_reg_has_its_own_published_numbers():
+    path = find_recipe("dinov2/small_ph_reg")
+    values = load_recipe(path, {"data": ["x"]}, DATACLASSES)
+    model, _, method, training = build_arguments(values, DATACLASSES)
+    assert (method.method, model.image_size) == ("ph_reg", 518)
+    assert (method.register_tokens, method.teacher_views) == (16, 10)
+    assert (method.teacher_offsets, method.teacher_shift) == (100, 0.15)
+    assert (method.teacher_flip, method.mse_weight) == (0.5, 1.0)
+    assert (training.learning_rate, training.weight_decay) == (1e-4, 1e-2)
+    assert not training.scale_learning_rate and training.final_lr_share == 0.05
+    assert training.per_device_train_batch_size == 8
+
+
 def test_only_eva_clip_keeps_the_crop_as_its_target():
     for name in PUBLISHED:
         values = load_recipe(find_recipe(name), {"data": ["x"]}, DATACLASSES)

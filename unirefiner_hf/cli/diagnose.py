@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..evaluation.checkpoints import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images to measure, evenly spaced in the folder (default: 32)",
     )
     parser.add_argument(
+        "--truth",
+        type=Path,
+        metavar="FOLDER",
+        help="an adapter that plants known dirt in the tower: tell how well each filter "
+        "finds it, instead of the measures (see unirefiner_hf.evaluation.filter_agreement)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="with --truth: draw precision over recall there, .png, .svg or .pdf",
+    )
+    parser.add_argument(
         "--own_yardstick",
         action="store_true",
         help="measure the filters' shares by each tower's own limits",
@@ -90,6 +109,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..evaluation.labelled_images import LabelError, class_labels, pair_folders
     from ..images import ImageError, list_images, load_rgb
 
+    if arguments.truth is not None:
+        _refuse_beside_truth(arguments)
+    elif arguments.plot is not None:
+        raise ValueError("--plot draws what --truth measures: give both.")
     paths = list_images(arguments.images)
     count = min(arguments.max_images, len(paths))
     pictures, skipped = [], []
@@ -106,6 +129,9 @@ def run(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
     )
     checkpoints = load_compared(arguments.checkpoints, options)
+    if arguments.truth is not None:
+        _tell_truth(arguments, checkpoints[0], pictures, skipped)
+        return
     rows: list[Cleanliness] = []
     for checkpoint in checkpoints:
         own = arguments.own_yardstick or not rows
@@ -119,8 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         rows.append(row)
     print(cleanliness_table(rows))
     print(f"\n{len(pictures)} images at {checkpoints[0].side(arguments.size)} px.")
-    for reason in skipped:
-        print(f"Left out {reason}")
+    _tell_skipped(skipped)
     if arguments.json is not None:
         content = {
             "images": len(pictures),
@@ -129,3 +154,43 @@ def run(arguments: argparse.Namespace) -> None:
             "checkpoints": {row.name: row.values for row in rows},
         }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _tell_skipped(skipped: list[str]) -> None:
+    for reason in skipped:
+        print(f"Left out {reason}")
+
+
+def _refuse_beside_truth(arguments: argparse.Namespace) -> None:
+    if len(arguments.checkpoints) > 1:
+        raise ValueError(
+            f"--truth takes one tower, the one its adapter was trained on; there are "
+            f"{len(arguments.checkpoints)}."
+        )
+    for name in ("labels", "num_classes", "own_yardstick"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name} has no meaning with --truth: leave it out.")
+
+
+def _tell_truth(
+    arguments: argparse.Namespace,
+    checkpoint: Checkpoint,
+    pictures: list[Image.Image],
+    skipped: list[str],
+) -> None:
+    from ..evaluation.agreement_report import plot_truth, truth_table
+    from ..evaluation.filter_agreement import measure_truth
+
+    report = measure_truth(checkpoint, arguments.truth, pictures, arguments.size)
+    print(truth_table(report))
+    cosines = ", ".join(f"{k} {v:.3f}" for k, v in report.cosine_to_clean.items())
+    print(
+        f"\n{report.images} images at {report.size} px; {report.planted:.1%} of the tokens "
+        f"are planted. Mean cosine to the clean tower: {cosines}."
+    )
+    _tell_skipped(skipped)
+    if arguments.json is not None:
+        content = {**report.to_dict(), "skipped": skipped}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    if arguments.plot is not None:
+        plot_truth(report.filters, report.planted).savefig(arguments.plot, dpi=150)

@@ -170,6 +170,8 @@ def _remedy(found: Estimate) -> str:
 
 
 def _time(found: Estimate) -> list[str]:
+    from ..training.dry_run import RELATION
+
     device, images = found.device, found.batch * found.devices
     rate = "measured" if device.name == "cpu" else "published"
     lines = [
@@ -183,8 +185,12 @@ def _time(found: Estimate) -> list[str]:
             f"{found.exchange_seconds:.3f} s at {device.link / 1e9:.0f} GB/s, beside it"
         )
     lines.append(
-        f"{_clock(found.run_seconds)} for {found.steps} steps "
-        f"({found.steps_without_scd} of them before L_scd)"
+        f"{_clock(found.run_seconds)} for {found.steps} steps"
+        + (
+            f" ({found.steps_without_scd} of them before L_scd)"
+            if RELATION in found.cost.flops
+            else ""
+        )
     )
     return lines
 

@@ -18,9 +18,14 @@ from ..starter import starter_tower
 from ..training.base import load_processor, takes_final_norm
 
 RECORD, MERGED = "run.json", "merged"
-METHOD_NAMES = {"plain": "plain distillation", "unirefiner": "refined"}
+METHOD_NAMES = {
+    "plain": "plain distillation",
+    "ph_reg": "PH-Reg",
+    "unirefiner": "refined",
+}
 SAME_EMBEDDING = 0.99
-"""Cosine of two towers' patch embeddings from which they count as one base."""
+"""Cosine of two towers' patch embeddings (with PH-Reg, or first layers) from which they
+count as one base."""
 
 
 class CheckpointMismatchError(ValueError):
@@ -38,8 +43,8 @@ class Checkpoint:
         register_width: frame in patches it is measured with.
         folder: where its ``evaluation.json`` goes; None for a Hub id.
         method: of the run that made it, such as ``unirefiner`` or ``plain``; None for a
-            tower as it was published. A framed checkpoint without a record counts as
-            ``unirefiner``.
+            tower as it was published. A checkpoint without a record counts as
+            ``unirefiner``, with register tokens as ``ph_reg``.
         source: folder or Hub id it was loaded from; empty for a model in memory.
     """
 
@@ -140,7 +145,8 @@ def load_checkpoint(
     if config.model_type == UniRefinerConfig.model_type:
         model = UniRefinerModel.from_pretrained(location, dtype=dtype)
         width = model.config.register_width
-        method = method or "unirefiner"
+        kind = "ph_reg" if model.config.num_register_tokens else "unirefiner"
+        method = method or kind
     else:
         tower = load_tower(location, dtype=dtype, trust_remote_code=trust_remote_code)
         if final_norm is None:
@@ -174,7 +180,8 @@ def _moved(model: UniRefinerModel, device: str | torch.device) -> UniRefinerMode
 def check_same_tower(base: Checkpoint, other: Checkpoint) -> None:
     """Refuse a comparison of two different towers.
 
-    Adapters leave the patch embedding as it is, so towers of one base share it.
+    Adapters leave the patch embedding as it is, and PH-Reg, which trains it, every layer but
+    the last, so towers of one base share one of them.
 
     Raises:
         CheckpointMismatchError: another family, size or patch embedding; names both.
@@ -187,8 +194,12 @@ def check_same_tower(base: Checkpoint, other: Checkpoint) -> None:
                 f"{other.name} is of another tower than {base.name}: its {field} is "
                 f"{theirs}, that of the base {ours}. Compare checkpoints of one base."
             )
-    first, second = (_patch_embedding(c) for c in (base, other))
-    cosine = torch.cosine_similarity(first, second, dim=0)
+    shared = [_patch_embedding]
+    if other.model.config.num_register_tokens:
+        shared.append(_first_layer)
+    cosine = max(
+        torch.cosine_similarity(part(base), part(other), dim=0) for part in shared
+    )
     if cosine < SAME_EMBEDDING:
         raise CheckpointMismatchError(
             f"{other.name} was not made from {base.name}: the cosine of their patch "
@@ -198,4 +209,10 @@ def check_same_tower(base: Checkpoint, other: Checkpoint) -> None:
 
 def _patch_embedding(checkpoint: Checkpoint) -> Tensor:
     parameters = checkpoint.model.get_input_embeddings().parameters()
+    return torch.cat([p.detach().flatten().double().cpu() for p in parameters])
+
+
+def _first_layer(checkpoint: Checkpoint) -> Tensor:
+    layers = checkpoint.model.tower.get_submodule(checkpoint.model.family.layers)
+    parameters = next(layers.children()).parameters()
     return torch.cat([p.detach().flatten().double().cpu() for p in parameters])

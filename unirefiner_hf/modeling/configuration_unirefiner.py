@@ -27,7 +27,8 @@ from .registers import FILLS
 for _config in (EvaClipVisionConfig, InternViTConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 has register tokens; without them files stay version 1."""
 
 # Written to config files by transformers or known to it, without being an attribute of
 # a fresh configuration.
@@ -68,7 +69,9 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         reshape_hidden_states: backbone only. Feature maps ``(batch, hidden, h, w)``;
             False: ``(batch, 1 + h * w, hidden)`` with a readout token first, which
             DPT heads want.
-        format_version: version of this file format.
+        num_register_tokens: learned tokens that join the sequence inside the tower and
+            are thrown away with the frame (PH-Reg, arXiv 2505.21501).
+        format_version: version of this file format; 2 at least with register tokens.
 
     ``out_features`` (or ``out_indices``) names the stages a backbone returns: ``stem``,
     ``stage1``, ... one per layer; the last one if none is named.
@@ -90,7 +93,8 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     final_norm: bool = False
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
-    format_version: int = FORMAT_VERSION
+    num_register_tokens: int = 0
+    format_version: int = 1
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -104,6 +108,8 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)
         super().__post_init__(**kwargs)
         self._check_settings()
+        if self.num_register_tokens:
+            self.format_version = max(self.format_version, 2)
         layers = self.vision_config.num_hidden_layers
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, layers + 1))]
         self.set_output_features_output_indices(
@@ -149,6 +155,10 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.register_width < 0:
             raise ValueError(
                 f"register_width is {self.register_width}; it must be 0 or more patches."
+            )
+        if self.num_register_tokens < 0:
+            raise ValueError(
+                f"num_register_tokens is {self.num_register_tokens}; it must be 0 or more."
             )
         if self.register_fill not in FILLS:
             raise ValueError(

@@ -8,7 +8,8 @@ positions at another register width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +23,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unirefiner import UniRefinerConfig
-from .registers import frame_pixels, split_frame
+from .registers import appended_tokens, frame_pixels, split_frame
 from .towers import (
     DUAL_ENCODERS,
+    EMBEDDINGS,
     QueriesKeys,
     TowerFamily,
     build_tower,
@@ -94,9 +96,13 @@ class _Pass:
     wanted_states: tuple[int, ...] | None  # None: every one that was recorded
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and register tokens of a full sequence ``(batch, tokens, channels)``."""
-        start = self.prefix
-        patches = tokens[:, start:]
+        """Image and register tokens of a full sequence ``(batch, tokens, channels)``.
+
+        Learned register tokens, which are at the end, fall away.
+        """
+        (h, w), frame = self.grid, 2 * self.width
+        end = self.prefix + (h + frame) * (w + frame)
+        patches = tokens[:, self.prefix : end]
         return split_frame(patches, self.grid, self.width)
 
     def image(self, tokens: Tensor) -> Tensor:
@@ -130,9 +136,12 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         tower: the vision tower of transformers, its weights untouched.
         register_patch: ``(3, patch, patch)``, the pixels tiled over a ``learnable``
             frame (zeros at first); None with any other fill.
+        register_tokens: ``(num_register_tokens, hidden)``, which join the sequence inside
+            the tower, N(0, 1) / sqrt(hidden) at first; None without.
 
     Raises:
-        ValueError: an unsupported tower, or `final_norm` where there is none to apply.
+        ValueError: an unsupported tower, one that takes no register tokens, or `final_norm`
+            where there is none to apply.
     """
 
     config: UniRefinerConfig
@@ -147,6 +156,8 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     tower: Any  # a PreTrainedModel, or an adapter round one that forwards attributes
     register_patch: nn.Parameter | None
+    register_tokens: nn.Parameter | None
+    _is_bare = False
 
     def __init__(self, config: UniRefinerConfig) -> None:
         super().__init__(config)
@@ -160,6 +171,12 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             side = self.patch_size
             patch = nn.Parameter(torch.zeros(3, side, side))
         self.register_parameter("register_patch", patch)
+        tokens = None
+        if config.num_register_tokens:
+            self.family.check_register_tokens(config.vision_config)
+            shape = config.num_register_tokens, self.hidden_size
+            tokens = nn.Parameter(torch.zeros(shape))
+        self.register_parameter("register_tokens", tokens)
         self.post_init()
 
     def _check_final_norm(self, config: UniRefinerConfig) -> None:
@@ -181,6 +198,8 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if module is self and self.register_patch is not None:
             initialization.zeros_(self.register_patch)
+        if module is self and self.register_tokens is not None:
+            initialization.normal_(self.register_tokens, std=self.hidden_size**-0.5)
 
     @classmethod
     def from_tower(
@@ -191,6 +210,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         register_fill: str = "zero",
         register_seed: int = 0,
         final_norm: bool = False,
+        num_register_tokens: int = 0,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
@@ -205,7 +225,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         Args:
             tower: a vision tower or image-text model in memory (the vision half is
                 taken), or the Hub name or folder of one.
-            register_width: see `UniRefinerConfig`, as are the next three.
+            register_width: see `UniRefinerConfig`, as are the next four.
             revision: branch, tag or commit on the Hub, for a name.
             dtype: dtype of the weights; None keeps it.
             attn_implementation: ``sdpa``, ``eager``, ...; None keeps it.
@@ -245,6 +265,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             register_fill=register_fill,
             register_seed=register_seed,
             final_norm=final_norm,
+            num_register_tokens=num_register_tokens,
             dtype=inner.dtype,
         )
         config._attn_implementation = inner.config._attn_implementation
@@ -257,6 +278,12 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
                 model.register_patch.shape, dtype=inner.dtype, device=inner.device
             )
             model.register_patch = nn.Parameter(pixels)
+        if model.register_tokens is not None:
+            tokens = torch.empty(
+                model.register_tokens.shape, dtype=inner.dtype, device=inner.device
+            )
+            nn.init.normal_(tokens, std=model.hidden_size**-0.5)
+            model.register_tokens = nn.Parameter(tokens)
         return model.train(inner.training)
 
     @property
@@ -272,6 +299,18 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding of the tower."""
         return self.tower.get_input_embeddings()
+
+    @contextmanager
+    def without_register_tokens(self) -> Iterator[None]:
+        """The tower's own sequence, as before PH-Reg, for the passes made inside."""
+        before, self._is_bare = self._is_bare, True
+        try:
+            yield
+        finally:
+            self._is_bare = before
+
+    def _joining_tokens(self) -> Tensor | None:
+        return None if self._is_bare else self.register_tokens
 
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """The image in patches; refuses what the tower cannot take."""
@@ -342,20 +381,24 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         wanted = self._wanted_states(output_hidden_states)
         # Most towers cast pixels themselves; ViT-MAE and RADIO do not.
         framed = self._frame(pixel_values, width).to(self.tower.dtype)
-        output = self.tower(
-            **tower_inputs(self.family, framed, self.patch_size),
-            return_dict=True,
-            output_hidden_states=wanted is not None or bool(output_hidden_states),
-            output_attentions=output_attentions,
-        )
+        joining = self._joining_tokens()
+        with appended_tokens(self.tower, EMBEDDINGS, joining):
+            output = self.tower(
+                **tower_inputs(self.family, framed, self.patch_size),
+                return_dict=True,
+                output_hidden_states=wanted is not None or bool(output_hidden_states),
+                output_attentions=output_attentions,
+            )
         prefix = self.family.num_prefix_tokens(self.config.vision_config)
         tokens = output.last_hidden_state.shape[1]
         rows, columns = grid[0] + 2 * width, grid[1] + 2 * width
-        if tokens != prefix + rows * columns:
+        joined = 0 if joining is None else len(joining)
+        expected = prefix + rows * columns + joined
+        if tokens != expected:
             raise RuntimeError(
                 f"the tower returned {tokens} tokens for a framed grid of {rows} x "
-                f"{columns} patches and {prefix} prefix tokens; expected "
-                f"{prefix + rows * columns}."
+                f"{columns} patches, {prefix} prefix tokens and {joined} register tokens; "
+                f"expected {expected}."
             )
         return _Pass(output, grid, width, prefix, wanted)
 
@@ -388,7 +431,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     def _pool(self, passed: _Pass) -> Tensor | None:
         """The tower's pooled output, without the frame where it pools over tokens."""
         pools = self.family.pools_over_patches(self.config.vision_config)
-        if pools and passed.width > 0:
+        if pools and (passed.width > 0 or self._joining_tokens() is not None):
             assert self.family.pooling_head is not None
             head = self.tower.get_submodule(self.family.pooling_head)
             return head(passed.image(passed.output.last_hidden_state))

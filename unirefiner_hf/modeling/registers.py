@@ -3,12 +3,18 @@
 UniRefiner (arXiv 2605.19622): a frame of R patches turns a grid of ``h x w`` patches
 into ``(h + 2R) x (w + 2R)``. Tokens of the frame are the registers; no parameter is
 added. Everything here counts in raster order: row by row, left to right.
+
+PH-Reg (arXiv 2505.21501) has register tokens instead: parameters that join the sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 FILLS = ("zero", "randn", "rand", "learnable")
@@ -127,3 +133,35 @@ def split_frame(
     sides = torch.cat([middle[:, :, :width], middle[:, :, right:]], dim=2)
     frame = [cells[:, :width], sides, cells[:, bottom:]]
     return image.flatten(1, 2), torch.cat([part.flatten(1, 2) for part in frame], dim=1)
+
+
+@contextmanager
+def appended_tokens(
+    tower: nn.Module, path: str, tokens: Tensor | None
+) -> Iterator[None]:
+    """Put register tokens behind the patches, for the forward passes made inside.
+
+    They get no position embedding. Attention does not ask where a token stands, so before
+    the CLS token (PH-Reg's DINOv2) they would do the same.
+
+    Args:
+        tower: of a supported family.
+        path: of the module in it whose output goes to the layers:
+            ``(batch, tokens, hidden)``, alone or first of a tuple.
+        tokens: ``(registers, hidden)``; None appends nothing.
+    """
+    if tokens is None:
+        yield
+        return
+
+    def append(module: nn.Module, args: Any, output: Any) -> Any:
+        embedded = output[0] if isinstance(output, tuple) else output
+        registers = tokens.to(embedded).expand(len(embedded), -1, -1)
+        longer = torch.cat([embedded, registers], dim=1)
+        return (longer, *output[1:]) if isinstance(output, tuple) else longer
+
+    handle = tower.get_submodule(path).register_forward_hook(append)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -37,6 +37,9 @@ _OWN = {
     InternViTConfig.model_type: InternViTModel,
 }
 
+EMBEDDINGS = "embeddings"
+"""Path of the module, in every family, whose output goes to the layers."""
+
 QueriesKeys = Mapping[int, tuple[Tensor, Tensor]]
 
 
@@ -71,6 +74,9 @@ class TowerFamily:
         requires: config fields and the value that is needed, then why.
         takes_patches: the tower is given patches and their grid, not an image (NaFlex).
         shuffles: the tower orders its patches by ``noise``, which is given in order.
+        positions: the learned absolute position embedding, a parameter's path; None: the
+            tower has none.
+        no_register_tokens: why learned tokens cannot join its sequence.
         dual_encoder: ``model_type`` of image-text checkpoints that hold this tower.
         other_parts: first parts of the weight names in a published checkpoint that
             belong to no part of the tower: the other half, or heads of its training.
@@ -99,6 +105,8 @@ class TowerFamily:
     requires: tuple[tuple[str, bool, str], ...] = ()
     takes_patches: bool = False
     shuffles: bool = False
+    positions: str | None = None
+    no_register_tokens: str = ""
     dual_encoder: str | None = None
     other_parts: tuple[str, ...] = ()
     text_reading: str | None = None
@@ -107,6 +115,18 @@ class TowerFamily:
     def num_prefix_tokens(self, config: PreTrainedConfig) -> int:
         """Tokens in front of the patch tokens of a tower with this config."""
         return self.prefix_tokens + sum(getattr(config, f) for f in self.prefix_fields)
+
+    def check_register_tokens(self, config: PreTrainedConfig) -> None:
+        """Refuse a tower that takes no learned register tokens.
+
+        Raises:
+            ValueError: names the reason.
+        """
+        if self.positions is None:
+            raise ValueError(
+                f"A {config.model_type} tower takes no register tokens (PH-Reg): "
+                f"{self.no_register_tokens}. UniRefiner's frame goes with every tower."
+            )
 
     def norm_path(self, config: PreTrainedConfig) -> str | None:
         """Path of the last layer norm of a tower with this config, None without one."""
@@ -126,6 +146,11 @@ class TowerFamily:
         return field is None or not hasattr(config, field) or getattr(config, field)
 
 
+_ROTARY = "its positions are rotary: there is no position embedding to train"
+_TABLE, _EMBEDDING = (
+    "embeddings.position_embeddings",
+    "embeddings.position_embedding.weight",
+)
 _DUAL_REST = ("text_model", "text_projection", "visual_projection", "logit_scale")
 
 FAMILIES: dict[str, TowerFamily] = {
@@ -134,6 +159,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layer",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=1,
         final_norm="layernorm",
         norm_in_output=True,
@@ -144,6 +170,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layer",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=1,
         prefix_fields=("num_register_tokens",),
         final_norm="layernorm",
@@ -156,6 +183,7 @@ FAMILIES: dict[str, TowerFamily] = {
         query="attention.q_proj",
         key="attention.k_proj",
         rotary=True,
+        no_register_tokens=_ROTARY,
         prefix_tokens=1,
         prefix_fields=("num_register_tokens",),
         final_norm="norm",
@@ -173,6 +201,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
+        positions=_EMBEDDING,
         prefix_tokens=1,
         final_norm="post_layernorm",
         norm_in_output=False,
@@ -186,6 +215,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
+        positions=_EMBEDDING,
         prefix_tokens=1,
         final_norm="post_layernorm",
         norm_in_output=False,
@@ -199,6 +229,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
+        positions=_EMBEDDING,
         prefix_tokens=0,
         final_norm="post_layernorm",
         norm_in_output=True,
@@ -214,6 +245,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
+        no_register_tokens="its attention mask counts patches, and further tokens are not in it",
         prefix_tokens=0,
         final_norm="post_layernorm",
         norm_in_output=True,
@@ -230,6 +262,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=1,
         final_norm="layernorm",
         norm_in_output=True,
@@ -243,6 +276,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=2,
         final_norm="layernorm",
         norm_in_output=True,
@@ -262,6 +296,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=1,
         final_norm="layernorm",
         norm_in_output=True,
@@ -276,6 +311,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=1,
         final_norm="layernorm",
         norm_in_output=True,
@@ -287,6 +323,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=0,
         final_norm="layernorm",
         norm_in_output=True,
@@ -301,6 +338,7 @@ FAMILIES: dict[str, TowerFamily] = {
         query="self_attn.q_proj",
         key="self_attn.k_proj",
         rotary=True,
+        no_register_tokens=_ROTARY,
         prefix_tokens=1,
         final_norm="post_layernorm",
         norm_in_output=False,
@@ -310,6 +348,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layer",
         query="attention.q_norm",
         key="attention.k_norm",
+        positions=_TABLE,
         prefix_tokens=1,
         final_norm="layernorm",
         norm_in_output=True,
@@ -320,6 +359,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        no_register_tokens="its positions are computed: there is no embedding to train",
         prefix_tokens=0,
         final_norm="rms_norm",
         norm_in_output=True,
@@ -343,6 +383,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layer",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=1,
         prefix_fields=("num_register_tokens",),
         final_norm="layernorm",
@@ -357,6 +398,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        no_register_tokens="its relative position bias has a place for patches and CLS only",
         prefix_tokens=1,
         final_norm="layernorm",
         norm_in_output=True,
@@ -372,6 +414,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layer",
         query="attention.q_proj",
         key="attention.k_proj",
+        no_register_tokens="its patches and positions are not in an embedding layer",
         prefix_tokens=0,
         prefix_fields=("num_cls_tokens", "num_registers"),
         final_norm=None,
@@ -384,6 +427,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="layers",
         query="attention.q_proj",
         key="attention.k_proj",
+        positions=_TABLE,
         prefix_tokens=0,
         prefix_fields=("n_cls_tokens",),
         final_norm="layernorm",
@@ -395,6 +439,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
+        positions=_EMBEDDING,
         prefix_tokens=1,
         final_norm="post_layernorm",
         norm_in_output=False,
@@ -407,6 +452,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="attn.q_norm",
         key="attn.k_norm",
+        positions="embeddings.position_embedding",
         prefix_tokens=1,
         final_norm=None,
         norm_in_output=False,
@@ -866,6 +912,7 @@ def _part(module: nn.Module, path: str) -> nn.Module:
 # The last name on purpose: `auto_registration` reads from it that this module is whole.
 __all__ = [
     "DUAL_ENCODERS",
+    "EMBEDDINGS",
     "FAMILIES",
     "REFUSED",
     "QueriesKeys",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
+from ..refinement.ph_reg_settings import PHRegSettings
 from ..resources import resource_folder
 
 TEMPLATE = "card.md.jinja"
@@ -19,6 +20,13 @@ SHARES = {
     "ah": "attention hijackee (AH)",
     "spurious": "either",
 }
+ENDINGS = {
+    "unirefiner": "unirefined",
+    "ph_reg": "ph-reg",
+    "plain": "distilled",
+}
+"""Method -> what the name of its model ends with."""
+PH_REG_FIELDS = tuple(field.name for field in fields(PHRegSettings))
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,7 @@ class CardData:
     @property
     def name(self) -> str:
         """Name of the refined model."""
-        ending = "distilled" if self.recipe["method"] == "plain" else "unirefined"
-        return f"{self.base.split('/')[-1]}-{ending}"
+        return f"{self.base.split('/')[-1]}-{ENDINGS[self.recipe['method']]}"
 
     @property
     def path(self) -> str:
@@ -112,6 +119,7 @@ def card_from_record(
         **{k: training[k] for k in ("schedule", "total_batch", "precision")},
         **method,
     }
+    recipe = _read_by(recipe)
     count = data.get("images")
     used = f"{count - len(data['skipped'])} unlabelled images" if count else "images"
     return CardData(
@@ -132,6 +140,16 @@ def card_from_record(
         evaluations=tuple(evaluations),
         repo_id=repo_id,
     )
+
+
+def _read_by(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the recipe's method reads."""
+    if recipe["method"] == "ph_reg":
+        names = {"method", "final_norm", *PH_REG_FIELDS}
+        names |= {"optimizer", "learning_rate", "weight_decay", "schedule"}
+        names |= {"total_batch", "precision"}
+        return {name: value for name, value in recipe.items() if name in names}
+    return {k: v for k, v in recipe.items() if k not in PH_REG_FIELDS}
 
 
 def render_card(

@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
+from ..refinement.unlocked import UnlockedTower
 from ..training.trainer import save_adapter
 from .card import CardData, render_card
 from .digests import weight_digests
@@ -39,7 +40,7 @@ def merge_adapter(model: UniRefinerModel, dtype: torch.dtype = torch.float32) ->
     loaded in a lower precision stay as coarse as they are.
     """
     model.cpu().float()
-    if isinstance(model.tower, PeftModel):
+    if isinstance(model.tower, (PeftModel, UnlockedTower)):
         model.tower = model.tower.merge_and_unload()
     model.to(dtype)  # type: ignore[arg-type]
     model.config.vision_config = model.tower.config
@@ -84,8 +85,14 @@ def export_refined(
 
     Raises:
         ValueError: `image_size` is not a multiple of the patch size.
-        ExportError: the folder is not empty, or writing failed (a full disk).
+        ExportError: the folder is not empty, writing failed (a full disk), or `native` is
+            asked of a model with register tokens, which the plain tower has no place for.
     """
+    if native and model.config.num_register_tokens:
+        raise ExportError(
+            f"The model has {model.config.num_register_tokens} register tokens in its "
+            "sequence, and the plain tower has no place for them: merge without --native."
+        )
     folder = Path(folder).absolute()
     if image_size % model.patch_size:
         raise ValueError(
@@ -102,7 +109,7 @@ def export_refined(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        if isinstance(model.tower, PeftModel):
+        if isinstance(model.tower, (PeftModel, UnlockedTower)):
             (draft / ADAPTER).mkdir()
             save_adapter(model, draft / ADAPTER)
         merge_adapter(model, dtype)

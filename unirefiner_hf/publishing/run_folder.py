@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from transformers.utils import logging
 
 from ..evaluation.results import FILE as EVALUATION
 from ..evaluation.results import read_results
+from ..refinement.settings import UniRefinerSettings
 from ..starter import NAME as STARTER
 from ..training.arguments import ModelArguments
 from ..training.base import Base, load_base
@@ -242,14 +244,21 @@ def _load(run: RunFolder, model: str | None, keep_text: bool | None) -> Base:
         **{key: recorded[key] for key in BASE_KEYS},
     )
     try:
-        base = load_base(arguments)
+        base = load_base(arguments, _settings(run.record["method"]))
         load_adapter(base.model, run.adapter)
     except CheckpointError as problem:
         raise RunFolderError(
             f"{arguments.model} is not the base of this run, which is {name}: {problem}"
         ) from problem
-    base.model.tower.peft_config["default"].base_model_name_or_path = name
+    if isinstance(base.model.tower, PeftModel):
+        base.model.tower.peft_config["default"].base_model_name_or_path = name
     return base
+
+
+def _settings(method: dict[str, Any]) -> UniRefinerSettings:
+    """What decides the shape of the trained weights; older records lack some of it."""
+    tokens = {k: v for k, v in method.items() if k == "register_tokens"}
+    return UniRefinerSettings(method=method["name"], **tokens)
 
 
 def _register_width(run: RunFolder, asked: int | None, base: Base) -> int:
@@ -260,7 +269,7 @@ def _register_width(run: RunFolder, asked: int | None, base: Base) -> int:
     for key in ("register_width", "inference_register_width"):
         if recorded.get(key) is not None:
             return recorded[key]
-    if run.record["method"]["name"] == "plain":
+    if run.record["method"]["name"] in ("plain", "ph_reg"):
         return 0
     side = base.image_size // base.model.patch_size
     return max(1, side // recorded["register_factor"])

@@ -13,17 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..spurious import attention_flow, composites, detectors, similarity
+from ..spurious import composites, detectors, filters, similarity
 from . import losses, views
 from .settings import UniRefinerSettings
 
 LOSS_TERMS = ("loss_regu", "loss_uni", "loss_spu", "loss_scd")
-FILTERS = (
-    "rejected_fpgp_reference",
-    "rejected_fpgp_strip",
-    "rejected_detectors",
-    "rejected_ah",
-)
+FILTERS = tuple(f"rejected_{name}" for name in filters.NAMES)
 
 
 @dataclass
@@ -61,6 +56,8 @@ class UniRefinerObjective(nn.Module):
         register_factor: the frame is ``max(1, floor(side / register_factor))`` patches
             wide, side being the shorter side of the image in patches.
         channel_mask: ``(hidden,)``, 0 for lazy channels; None keeps every channel.
+        white: ``(3,)``, white in the space of the images, for methods that fill with it;
+            None: 1.
 
     Raises:
         TypeError: the tower has no PEFT adapter.
@@ -69,6 +66,7 @@ class UniRefinerObjective(nn.Module):
 
     reference: Tensor
     channel_mask: Tensor
+    white: Tensor
 
     def __init__(
         self,
@@ -77,13 +75,10 @@ class UniRefinerObjective(nn.Module):
         reference: Tensor,
         register_factor: int = 32,
         channel_mask: Tensor | None = None,
+        white: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model.tower, PeftModel):
-            raise TypeError(
-                "UniRefinerObjective needs a tower with an adapter: the teacher is the "
-                "tower with its adapter off. Wrap model.tower with peft.get_peft_model."
-            )
+        self._check_tower(model)
         layers = model.config.vision_config.num_hidden_layers
         if settings.flow_layers and settings.flow_layers[-1] >= layers:
             raise ValueError(
@@ -96,8 +91,17 @@ class UniRefinerObjective(nn.Module):
         if channel_mask is None:
             channel_mask = torch.ones(model.config.vision_config.hidden_size)
         self.register_buffer("channel_mask", channel_mask, persistent=False)
+        white = torch.ones(3) if white is None else white
+        self.register_buffer("white", white, persistent=False)
         self.register_buffer("reference", reference.float(), persistent=False)
         self._reference_cache: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def _check_tower(self, model: UniRefinerModel) -> None:
+        if not isinstance(model.tower, PeftModel):
+            raise TypeError(
+                "UniRefinerObjective needs a tower with an adapter: the teacher is the "
+                "tower with its adapter off. Wrap model.tower with peft.get_peft_model."
+            )
 
     def register_width(self, height: int, width: int) -> int:
         """Frame in patches for an image of this many pixels (method, section 2)."""
@@ -199,6 +203,11 @@ class UniRefinerObjective(nn.Module):
         with self._without_gradient(), self._adapter_off():
             return self.model.encode(pixel_values.to(self.reference), 0).image
 
+    @property
+    def looks_for_lazy_channels(self) -> bool:
+        """Whether the channels that dominate every cosine are looked for before training."""
+        return self.settings.lazy_channels
+
     def set_channel_mask(self, channel_mask: Tensor) -> None:
         """Leave the channels that are 0 in ``(hidden,)`` out of every cosine."""
         self.channel_mask.copy_(channel_mask)
@@ -231,9 +240,7 @@ class UniRefinerObjective(nn.Module):
         full = teacher.image.repeat_interleave(crops, dim=0)
         crop_registers = registers.repeat_interleave(crops, dim=0)
 
-        target = teacher.crop
-        if settings.match_to_full_image:
-            target = similarity.nearest_tokens(teacher.crop, full)
+        target = self.targets(teacher.crop, full)
         negatives = full if settings.match_to_full_image else teacher.crop
         size = (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size)
         with torch.no_grad():
@@ -262,7 +269,7 @@ class UniRefinerObjective(nn.Module):
                 crop_registers, candidates, crop, full, theta, temperature=temperature
             ),
         }
-        loss = terms["loss_regu"] + terms["loss_uni"]
+        loss = terms["loss_regu"] + settings.uni_weight * terms["loss_uni"]
         loss = loss + settings.spurious_weight * terms["loss_spu"]
         if relation is not None:
             terms["loss_scd"] = losses.correlation_loss(
@@ -271,6 +278,17 @@ class UniRefinerObjective(nn.Module):
             loss = loss + settings.scd_weight * terms["loss_scd"]
         detached = {name: term.detach() for name, term in terms.items()}
         return {"loss": loss, **detached, "theta": theta, **rejected}
+
+    def targets(self, crop: Tensor, full: Tensor) -> Tensor:
+        """What crop tokens are pulled to: their nearest tokens of the full image.
+
+        Args:
+            crop: ``(batch * crops, patches, channels)``, L2-normalised.
+            full: ``(batch * crops, patches, channels)``, of the images.
+        """
+        if self.settings.match_to_full_image:
+            return similarity.nearest_tokens(crop, full)
+        return crop
 
     def _filter(
         self,
@@ -281,47 +299,26 @@ class UniRefinerObjective(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Clean mask, absorption candidates, and the share each filter rejects."""
         settings = self.settings
-        kept = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
-        rejected: dict[str, Tensor] = {}
-        candidates = []
-
-        def apply(name: str, clean: Tensor) -> None:
-            nonlocal kept
-            rejected[name] = (~clean).float().mean()
-            kept = kept & clean
-
-        comparisons = {
-            "rejected_fpgp_reference": reference,
-            "rejected_fpgp_strip": teacher.strip,
-        }
-        for name, comparison in comparisons.items():
-            scores = similarity.highest_cosine(teacher.crop, comparison)
-            apply(
-                name,
-                similarity.dissimilar(
-                    scores, settings.fpgp_sigma, settings.fpgp_cosine
-                ),
+        scores = filters.fpgp_scores(teacher.crop, reference, teacher.strip)
+        candidates = [
+            similarity.draw_most_similar(
+                teacher.crop, score, settings.absorption_top, registers.shape[1]
             )
-            candidates.append(
-                similarity.draw_most_similar(
-                    teacher.crop, scores, settings.absorption_top, registers.shape[1]
-                )
-            )
-        found = detectors.draw_detectors(registers, settings.detector_share)
-        apply(
-            "rejected_detectors",
-            detectors.undetected(target, found, settings.detector_cosine),
+            for score in scores.values()
+        ]
+        drawn = detectors.draw_detectors(registers, settings.detector_share)
+        found = filters.judge(
+            scores, target, drawn, teacher.flow, settings, self.num_heads
         )
-        if teacher.flow:
-            inflow = attention_flow.attention_inflow(
-                teacher.flow, ~kept, settings.ah_form, self.num_heads
-            )
-            hijacked = ~attention_flow.read_by_others(inflow, ~kept, settings.ah_sigma)
-            apply("rejected_ah", ~(hijacked & kept))
-        rejected["clean_ratio"] = kept.float().mean()
+        kept = ~found.spurious
+        shares = {
+            f"rejected_{name}": mask.float().mean()
+            for name, mask in found.rejected.items()
+        }
+        shares["clean_ratio"] = kept.float().mean()
         if not kept.any():
             kept = torch.ones_like(kept)
-        return kept, torch.cat(candidates, dim=1), rejected
+        return kept, torch.cat(candidates, dim=1), shares
 
     @property
     def num_heads(self) -> int:

@@ -14,7 +14,7 @@ def require(settings: Any, name: str, ok: bool, rule: str) -> None:
 
 @dataclass
 class FilterSettings:
-    """Settings of the FP-GP and attention-flow filters (arXiv 2605.19622).
+    """Settings of the filters that find spurious tokens (arXiv 2605.19622).
 
     Raises:
         ValueError: a value is outside its range.
@@ -40,6 +40,31 @@ class FilterSettings:
         metadata={
             "help": "A fixed cosine threshold in place of fpgp_sigma. Unset: fpgp_sigma."
         },
+    )
+    fpgp_filter: bool = field(
+        default=True,
+        metadata={
+            "help": "Reject fixed patterns and global proxies. False leaves both FP-GP "
+            "filters out of training; L_spu still draws its candidates by their scores."
+        },
+    )
+    detector_filter: bool = field(
+        default=True,
+        metadata={
+            "help": "Register tokens as detectors reject targets that resemble them. "
+            "False leaves that filter out of training."
+        },
+    )
+    detector_cosine: float = field(
+        default=0.55,
+        metadata={
+            "help": "A target this similar to a register token is rejected; "
+            "image-to-register cosines below it pass no gradient in L_uni."
+        },
+    )
+    detector_share: float = field(
+        default=1 / 3,
+        metadata={"help": "Share of the register tokens used as detectors."},
     )
     ah_layers: list[int] | None = field(
         default=None,
@@ -67,6 +92,7 @@ class FilterSettings:
 
     def __post_init__(self) -> None:
         require(self, "strip_ratio", 0 < self.strip_ratio <= 1, "in (0, 1]")
+        require(self, "detector_share", 0 < self.detector_share <= 1, "in (0, 1]")
         require(
             self,
             "ah_form",

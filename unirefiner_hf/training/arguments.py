@@ -238,6 +238,14 @@ class RefineTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Learning-rate schedule."}
     )
+    final_lr_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the learning rate that is left at the end; it falls "
+            "exponentially, step by step (published for PH-Reg: 0.05). Unset: "
+            "lr_scheduler_type."
+        },
+    )
     num_train_epochs: float = field(
         default=2.0,
         metadata={"help": "Passes over the images, unless max_steps is set."},
@@ -308,6 +316,13 @@ class RefineTrainingArguments(TrainingArguments):
                 "compile_layers, which compiles the tower's layers."
             )
         require(self, "learning_rate", self.learning_rate > 0, "positive")
+        share = self.final_lr_share
+        require(
+            self,
+            "final_lr_share",
+            share is None or 0 < share <= 1,
+            "in (0, 1], or unset",
+        )
         require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")
         require(self, "remove_unused_columns", not self.remove_unused_columns, "false")
         if self.bf16 is None:

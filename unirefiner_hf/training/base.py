@@ -35,6 +35,8 @@ from ..modeling.towers import (
     tower_config,
 )
 from ..starter import LICENSE, NAME, starter_tower
+from ..refinement.settings import UniRefinerSettings
+from ..refinement.unlocked import UnlockedTower, unlocked_names
 from .arguments import ModelArguments
 from .float8 import use_float8
 from .lora import add_adapter
@@ -68,8 +70,17 @@ class Base:
     text_side: Callable[[], TextSide] | None = None
 
 
-def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
-    """The register model round the tower the arguments name, with a fresh adapter.
+def load_base(
+    model_args: ModelArguments,
+    settings: UniRefinerSettings | None = None,
+    *,
+    bf16: bool = False,
+) -> Base:
+    """The register model round the tower the arguments name, ready to be trained.
+
+    Args:
+        settings: of the method, which says what is trained: a fresh adapter, or with
+            PH-Reg some of the tower's own weights and its register tokens.
 
     Raises:
         BaseError: the image size is off the patch grid, or unknown; or the text side
@@ -82,7 +93,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
     if model_args.model in ("starter", NAME):
         license_name = license_name or LICENSE
     trust = model_args.trust_remote_code
-    dtype = base_dtype(model_args, bf16)
+    dtype = base_dtype(model_args, bf16, settings)
     quantised = None
     if model_args.base_quantization is not None:
         quantised = quantization(
@@ -100,7 +111,7 @@ def load_base(model_args: ModelArguments, *, bf16: bool = False) -> Base:
     processor = load_processor(
         source, revision=model_args.revision, trust_remote_code=trust
     )
-    model, image_size = framed(tower, model_args, name)
+    model, image_size = framed(tower, model_args, name, settings)
     mean, std = _normalisation(processor, name)
     return Base(
         model=model,
@@ -168,11 +179,36 @@ def base_source(model_args: ModelArguments) -> tuple[str, str]:
     return name, name
 
 
-def base_dtype(model_args: ModelArguments, bf16: bool) -> torch.dtype:
-    """Type of the frozen weights."""
+def base_dtype(
+    model_args: ModelArguments, bf16: bool, settings: UniRefinerSettings | None = None
+) -> torch.dtype:
+    """Type of the frozen weights; PH-Reg trains weights of the tower, in float32.
+
+    Raises:
+        BaseError: PH-Reg is asked for another type.
+    """
+    if settings is not None and settings.method == "ph_reg":
+        _check_whole_weights(model_args)
+        return torch.float32
     if model_args.base_dtype == "auto":
         return torch.bfloat16 if bf16 else torch.float32
     return getattr(torch, model_args.base_dtype)
+
+
+def _check_whole_weights(model_args: ModelArguments) -> None:
+    asked = {
+        "base_dtype": model_args.base_dtype == "bfloat16",
+        "base_quantization": model_args.base_quantization is not None,
+        "teacher_float8": model_args.teacher_float8,
+        "register_fill": model_args.register_fill == "learnable",
+    }
+    for name, refused in asked.items():
+        if refused:
+            raise BaseError(
+                f"{name} is {getattr(model_args, name)!r}, which does not go with method "
+                "ph_reg: it trains weights of the tower itself, in float32, and has no "
+                "frame. Leave it out."
+            )
 
 
 def tower_without_weights(model_args: ModelArguments) -> PreTrainedModel:
@@ -204,21 +240,30 @@ def _attention(model_args: ModelArguments) -> str | None:
 
 
 def framed(
-    tower: PreTrainedModel, model_args: ModelArguments, name: str
+    tower: PreTrainedModel,
+    model_args: ModelArguments,
+    name: str,
+    settings: UniRefinerSettings | None = None,
 ) -> tuple[UniRefinerModel, int]:
-    """The register model round a tower, with a fresh adapter, and its image size.
+    """The register model round a tower, ready to be trained, and its image size.
 
     Raises:
         BaseError: the image size is off the patch grid.
+        ValueError: PH-Reg of a tower that has no position embedding to train.
     """
+    unlocks = settings is not None and settings.method == "ph_reg"
     model = UniRefinerModel.from_tower(
         tower,
         register_fill=model_args.register_fill,
         final_norm=_final_norm(model_args, tower),
+        num_register_tokens=settings.register_tokens if settings and unlocks else 0,
     )
     image_size = _image_size(model_args.image_size, tower, model.patch_size)
     if model_args.teacher_float8:
         use_float8(tower)
+    if unlocks:
+        model.tower = UnlockedTower(tower, unlocked_names(tower))
+        return model, image_size
     model.tower = add_adapter(
         tower,
         rank=model_args.lora_rank,

@@ -34,6 +34,8 @@ SHOWN = {
     "loss_uni": "uni",
     "loss_spu": "spu",
     "loss_scd": "scd",
+    "loss_cosine": "cos",
+    "loss_mse": "mse",
     "clean_ratio": "clean",
     "rejected_fpgp_reference": "-ref",
     "rejected_fpgp_strip": "-strip",
@@ -96,7 +98,7 @@ class Snapshots(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         tower = self.model.tower
-        with tower.disable_adapter():
+        with tower.disable_adapter(), self.model.without_register_tokens():
             tokens, grid = self._tokens(0)
         self.basis = fit_pca(tokens)
         if state.is_world_process_zero:

@@ -34,6 +34,7 @@ _FLASH = "_scaled_dot_product_flash_attention"
 
 COMPOSITES = "teacher, composites"
 CROPS = "teacher, crops"
+VIEWS = "teacher, shifted views"
 FULL_IMAGE = "teacher, full image"
 STUDENT = "student forward"
 RELATION = "relation crops"
@@ -41,7 +42,7 @@ LOSSES = "losses and filters"
 BACKWARD = "backward"
 RECOMPUTATION = "recomputation"
 OTHER = "views and tokens"
-PASSES = (COMPOSITES, CROPS, FULL_IMAGE, STUDENT, RELATION)
+PASSES = (COMPOSITES, CROPS, VIEWS, FULL_IMAGE, STUDENT, RELATION)
 PARTS = (*PASSES, LOSSES, BACKWARD, RECOMPUTATION, OTHER)
 """The parts of a step, in the order they are told."""
 
@@ -114,7 +115,10 @@ def dry_step(
     """
     settings = copy.copy(settings)
     if as_on_gpu and settings.no_grad_batch is None:
-        settings.no_grad_batch = batch * settings.num_crops
+        most = settings.num_crops
+        if settings.method == "ph_reg":
+            most = settings.teacher_views
+        settings.no_grad_batch = batch * most
     meter = _Meter()
     with _no_cached_tensors(), FakeTensorMode(), meter:
         model._apply(_without_data)
@@ -162,7 +166,7 @@ class _Told:
 
     meter: _Meter
     batch: int
-    teaching = False
+    teaching = viewing = False
 
     @contextmanager
     def _adapter_off(self) -> Iterator[None]:
@@ -173,7 +177,9 @@ class _Told:
 
     def _encode(self, images: Tensor, register_width: int) -> Tensor:
         part = RELATION
-        if self.teaching:
+        if self.viewing:
+            part = VIEWS
+        elif self.teaching:
             part = FULL_IMAGE if len(images) == self.batch else CROPS
         with self.meter.part(part):
             return super()._encode(images, register_width)  # type: ignore[misc]
@@ -181,6 +187,16 @@ class _Told:
     def _encode_with_flow(self, *args: Any) -> Any:
         with self.meter.part(COMPOSITES):
             return super()._encode_with_flow(*args)  # type: ignore[misc]
+
+    def _encode_views(self, views: Tensor) -> Tensor:
+        self.viewing = True
+        tokens = super()._encode_views(views)  # type: ignore[misc]
+        self.viewing = False
+        return tokens
+
+    def _distilled(self, *args: Any) -> Any:
+        with self.meter.part(LOSSES):
+            return super()._distilled(*args)  # type: ignore[misc]
 
     def _losses(self, *args: Any) -> Any:
         with self.meter.part(LOSSES):
@@ -257,7 +273,8 @@ class _Meter(TorchDispatchMode):
         out = _value_free(func, args, kwargs)
         formula = self.formulas.get(func.overloadpacket)
         if formula is not None:
-            dtype = tree_leaves(out)[0].dtype
+            # A convolution's backward gives None for the gradient of the image.
+            dtype = next(leaf.dtype for leaf in tree_leaves(out) if leaf is not None)
             self.flops[self._part][dtype] += formula(*args, **kwargs, out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

@@ -118,12 +118,12 @@ def estimate(
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency is {efficiency}; it must be in (0, 1].")
     tower: Any = tower_without_weights(model_args)
-    dtype = base_dtype(model_args, bool(args.bf16))
+    dtype = base_dtype(model_args, bool(args.bf16), settings)
     tower.to(dtype=dtype)
     weights = sum(linear.weight.numel() for linear in layer_linears(tower).values())
     eight = sum(linear.weight.numel() for linear in float8_linears(tower))
     plain = replace(model_args, teacher_float8=False)
-    model, image_size = framed(tower, plain, model_args.model)
+    model, image_size = framed(tower, plain, model_args.model, settings)
     batch = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     cost = dry_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.registers import register_mask
+from ..refinement.unlocked import UnlockedTower
 from ..spurious.diagnose import Diagnosis, diagnose
 from ..spurious.settings import FilterSettings
 from ..visualize import FigureRow, before_after_figure
@@ -165,7 +166,10 @@ def _evaluating(model: UniRefinerModel) -> Iterator[None]:
         model.train(training)
 
 
-def _adapter_off(model: UniRefinerModel):
-    if isinstance(model.tower, PeftModel):
-        return model.tower.disable_adapter()
-    return nullcontext()
+@contextmanager
+def _adapter_off(model: UniRefinerModel) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(model.without_register_tokens())
+        if isinstance(model.tower, (PeftModel, UnlockedTower)):
+            stack.enter_context(model.tower.disable_adapter())
+        yield

@@ -25,6 +25,7 @@ from ..publishing.card import card_from_record
 from ..publishing.merge import export_refined
 from ..publishing.push import push_run
 from ..refinement.objective import UniRefinerObjective
+from ..refinement.ph_reg import PHReg
 from ..refinement.plain_distillation import PlainDistillation
 from ..refinement.settings import UniRefinerSettings
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
@@ -64,7 +65,11 @@ logger = logging.get_logger(__name__)
 
 RECORD = "run.json"
 LAZY_IMAGES, LAZY_TOKENS = 64, 128
-OBJECTIVES = {"unirefiner": UniRefinerObjective, "plain": PlainDistillation}
+OBJECTIVES: dict[str, type[UniRefinerObjective]] = {
+    "unirefiner": UniRefinerObjective,
+    "ph_reg": PHReg,
+    "plain": PlainDistillation,
+}
 
 
 class RunError(ValueError):
@@ -90,8 +95,8 @@ def refine(
         The run's folder.
 
     Raises:
-        RunError: the folder holds a run already, or it would be published without a
-            licence.
+        RunError: the folder holds a run already, it would be published without a licence,
+            or PH-Reg is launched with parted weights.
         BaseError: the image size does not fit the tower.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
         LostProcessError: another process of the run is gone.
@@ -107,7 +112,7 @@ def refine(
         check_float8(args.device)
     set_seed(args.seed)
     load_whole()
-    base = load_base(model_args, bf16=bool(args.bf16))
+    base = load_base(model_args, settings, bf16=bool(args.bf16))
     if args.push_to_hub and base.license is None:
         raise RunError(
             f"The licence of {base.name} is unknown, and a published model needs one: look "
@@ -140,11 +145,15 @@ def refine(
     reference = preprocess(picture, size, mean, std).unsqueeze(0)
 
     objective = OBJECTIVES[settings.method](
-        base.model, settings, reference, model_args.register_factor
+        base.model,
+        settings,
+        reference,
+        model_args.register_factor,
+        white=(1 - torch.tensor(mean)) / torch.tensor(std),
     ).to(args.device)
     if args.compile_layers:
         compile_layers(base.model)
-    lazy = _lazy_channels(objective, dataset, settings, checkpoint)
+    lazy = _lazy_channels(objective, dataset, checkpoint)
     shown = sample_images(dataset, data_args.report_images)
 
     total_batch = args.train_batch_size * args.gradient_accumulation_steps
@@ -160,6 +169,12 @@ def refine(
         data_collator=collate,
         lazy_channels=lazy,
     )
+    if settings.method == "ph_reg" and trainer.parts_weights:
+        raise RunError(
+            "Method ph_reg exchanges weights of the tower for the teacher's, which needs all "
+            "of them in each process: launch with ddp.yaml or zero2.yaml in place of ZeRO-3 "
+            "or FSDP."
+        )
     if args.push_to_hub:
         trainer.add_callback(HubSync(args, base.name))
     if args.snapshot_steps and shown:
@@ -275,7 +290,7 @@ def _finish(
             model_args, base_dtype="float32", base_quantization=None
         )
         width = model.config.register_width
-        model = load_base(whole).model
+        model = load_base(whole, settings).model
         model.config.register_width = width
         load_adapter(model, run / "adapter")
     export_refined(
@@ -372,11 +387,10 @@ def _checkpoint_to_resume(run: Path, args: RefineTrainingArguments) -> Path | No
 def _lazy_channels(
     objective: UniRefinerObjective,
     dataset: Any,
-    settings: UniRefinerSettings,
     checkpoint: Path | None,
 ) -> list[int]:
     """Search once; a resumed run keeps what its checkpoint recorded."""
-    if not settings.lazy_channels:
+    if not objective.looks_for_lazy_channels:
         return []
     if checkpoint is not None:
         channels = read_refiner_state(checkpoint)["lazy_channels"]
@@ -447,7 +461,7 @@ def _record(
         "training": {
             "optimizer": OptimizerNames(args.optim).value,
             "weight_decay": args.weight_decay,
-            "schedule": SchedulerType(args.lr_scheduler_type).value,
+            "schedule": _schedule(args),
             "precision": "bfloat16" if args.bf16 else "float32",
             "base_quantization": model_args.base_quantization,
             "teacher_float8": model_args.teacher_float8,
@@ -458,6 +472,12 @@ def _record(
         },
         "versions": {name: _version(name) for name in packages},
     }
+
+
+def _schedule(args: RefineTrainingArguments) -> str:
+    if args.final_lr_share is not None:
+        return f"exponential, to {args.final_lr_share:g} of the rate"
+    return SchedulerType(args.lr_scheduler_type).value
 
 
 def _hardware(device: torch.device) -> str:

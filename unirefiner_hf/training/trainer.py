@@ -15,13 +15,17 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..refinement import ph_reg
 from ..refinement.objective import FILTERS, LOSS_TERMS, UniRefinerObjective
+from ..refinement.unlocked import UnlockedTower
+from .arguments import RefineTrainingArguments
 from .callbacks import GracefulStop, RefinementProgress
 from .data import RefinementStream
 from .distributed import (
@@ -34,13 +38,15 @@ from .distributed import (
 from .state_tree import load_tree, random_states, restore_random_states, save_tree
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-REGISTER_PATCH = "register_patch.safetensors"
+OWN_PARAMETERS = ("register_patch", "register_tokens")
+"""Of the register model itself; each in a file of its name where there is one."""
 REFINER_STATE = "refiner_state.json"
 OPTIMIZER_STATE = "optimizer.safetensors"
 SCHEDULER_STATE = "scheduler.safetensors"
 TRAINER_STATE = "trainer_state.json"
 STAGING = ".unfinished"
-METRICS = (*LOSS_TERMS, "theta", "clean_ratio", *FILTERS)
+TERMS = (*LOSS_TERMS, *ph_reg.LOSS_TERMS)
+METRICS = (*TERMS, "theta", "clean_ratio", *FILTERS)
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -145,6 +151,23 @@ class RefinementTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """As in `Trainer`; with `final_lr_share`, an exponential fall to it."""
+        args, optimizer = self.args, optimizer or self.optimizer
+        share = None
+        if isinstance(args, RefineTrainingArguments):
+            share = args.final_lr_share
+        if share is None or optimizer is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps = max(1, num_training_steps)
+        self.lr_scheduler = LambdaLR(
+            optimizer, lambda step: share ** min(1.0, step / steps)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def _seed_batch(self) -> None:
         step, micro = self._drawn
         micro = micro + 1 if step == self.state.global_step else 0
@@ -155,7 +178,7 @@ class RefinementTrainer(Trainer):
         torch.manual_seed(batch_seed(args.seed, place))
 
     def _stop_unless_finite(self, outputs: dict[str, Tensor]) -> None:
-        names = [name for name in ("loss", *LOSS_TERMS) if name in outputs]
+        names = [name for name in ("loss", *TERMS) if name in outputs]
         values = torch.stack([outputs[name].detach().float() for name in names])
         finite = bool(torch.isfinite(values).all())
         if not highest(int(not finite), values.device):
@@ -295,6 +318,11 @@ class RefinementTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether DeepSpeed or FSDP holds the model's or the optimiser's state."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    @property
+    def parts_weights(self) -> bool:
+        """Whether no process holds every weight (ZeRO-3, FSDP)."""
+        return bool(self.is_fsdp_enabled or self._zero_stage == 3)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the trained adapter as PEFT does; to be called on every process."""
@@ -474,13 +502,15 @@ class RefinementTrainer(Trainer):
 def save_adapter(
     model: UniRefinerModel, folder: Path, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the tower's adapter as PEFT does, and the learnable frame beside it.
+    """Write the tower's adapter as PEFT does, and what the register model learnt beside it.
+
+    Of an unlocked tower (PH-Reg), the trained weights under the tower's own names.
 
     Args:
-        model: the register model with a PEFT tower.
+        model: the register model with a PEFT or unlocked tower.
         state_dict: the model's gathered weights where they are sharded.
     """
-    tower: PeftModel = model.tower
+    tower: PeftModel | UnlockedTower = model.tower
     weights = adapter_weights(
         tower, None if state_dict is None else _below(state_dict, "tower.")
     )
@@ -488,26 +518,36 @@ def save_adapter(
         name: value.detach().cpu().contiguous() for name, value in weights.items()
     }
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = copy.copy(tower.peft_config[tower.active_adapter])
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    if model.config.register_fill == "learnable":
-        gathered = dict(model.named_parameters()) if state_dict is None else state_dict
-        patch = gathered["register_patch"].detach().cpu()
-        save_file({"register_patch": patch}, folder / REGISTER_PATCH)
+    if isinstance(tower, PeftModel):
+        config = copy.copy(tower.peft_config[tower.active_adapter])
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+    gathered = dict(model.named_parameters()) if state_dict is None else state_dict
+    for name in _own_parameters(model):
+        value = gathered[name].detach().cpu().contiguous()
+        save_file({name: value}, folder / f"{name}.safetensors")
+
+
+def _own_parameters(model: UniRefinerModel) -> list[str]:
+    parameters = dict(model.named_parameters())
+    return [name for name in OWN_PARAMETERS if name in parameters]
 
 
 def adapter_weights(
-    tower: PeftModel, state_dict: dict[str, Tensor] | None = None
+    tower: PeftModel | UnlockedTower, state_dict: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The adapter's weights under the names PEFT saves; no look-up of the base's files."""
+    if isinstance(tower, UnlockedTower):
+        if state_dict is None:
+            return tower.trained()
+        return {name: state_dict[f"base.{name}"] for name in tower.names}
     return get_peft_model_state_dict(
         tower, state_dict=state_dict, save_embedding_layers=False
     )
 
 
 def load_adapter(model: UniRefinerModel, folder: Path) -> None:
-    """Read an adapter (and learnable frame) that `save_adapter` wrote.
+    """Read an adapter, and what the register model learnt, that `save_adapter` wrote.
 
     Raises:
         CheckpointError: a file is missing, or the adapter belongs to another tower.
@@ -528,16 +568,23 @@ def load_adapter(model: UniRefinerModel, folder: Path) -> None:
         raise CheckpointError(
             f"The adapter in {folder.name} does not fit this tower: {len(wrong)} of "
             f"{len(expected)} tensors differ in name or shape, the first is {wrong[0]}. "
-            "Use the model and lora_rank of the run that wrote it."
+            "Use the model, method and lora_rank of the run that wrote it."
         )
-    set_peft_model_state_dict(model.tower, weights)
-    if model.config.register_fill == "learnable":
+    own = _own_parameters(model)
+    for name in own:
+        if not (folder / f"{name}.safetensors").is_file():
+            raise CheckpointError(f"{folder.name} holds no {name}.safetensors.")
+    if isinstance(model.tower, UnlockedTower):
+        model.tower.load_trained(weights)
+    else:
+        set_peft_model_state_dict(model.tower, weights)
+    parameters = dict(model.named_parameters())
+    for name in own:
         with (
-            safe_open(folder / REGISTER_PATCH, framework="pt") as patch,
+            safe_open(folder / f"{name}.safetensors", framework="pt") as file,
             torch.no_grad(),
         ):
-            learned = dict(model.named_parameters())["register_patch"]
-            learned.copy_(patch.get_tensor("register_patch"))
+            parameters[name].copy_(file.get_tensor(name))
 
 
 def read_refiner_state(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,370 @@
+"""What each method wins back of the mIoU that planted spurious tokens cost.
+
+    python -m benchmarks.planted_methods --output planted --planter ADAPTER --packages DIR
+
+Builds StampScenes, merges the adapter that plants the dirt into the tower, trains every method
+and ablation on the dirty tower with the same unlabelled images, steps, batch and learning rate,
+and measures all by linear probes on cached tokens. Every finished cell (a method and a training
+seed) is a file of its own in ``cells/``: run again, and only what is missing is computed. The
+table is written anew after each.
+
+The share recovered is ``(method - dirty) / (clean - dirty)``. Standard deviations are those of
+the training seeds, each the mean of its probes; of towers that were not trained, of the probes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from examples.stampscenes.build import APT, build
+from transformers import AutoImageProcessor
+
+from unirefiner_hf.cli import main as unirefiner
+from unirefiner_hf.evaluation.arguments import EvaluationArguments
+from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
+from unirefiner_hf.evaluation.compare import open_splits
+from unirefiner_hf.evaluation.labelled_images import class_labels
+from unirefiner_hf.evaluation.planted import dirty_checkpoint
+from unirefiner_hf.evaluation.segmentation import (
+    SegmentationSettings,
+    evaluate_segmentation,
+)
+from unirefiner_hf.starter import NAME, starter_tower
+
+CLEAN, DIRTY = "clean", "dirty"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        options: of `unirefiner refine`; None for a tower that is measured as it is.
+        tower: that is trained or measured.
+        frame: in patches, of a tower as it is.
+    """
+
+    options: dict[str, str] | None = field(default_factory=dict)
+    tower: str = DIRTY
+    frame: int = 0
+
+
+ROWS = {
+    "clean tower": Row(None, CLEAN),
+    "dirty tower": Row(None),
+    "dirty tower in the frame": Row(None, frame=1),
+    "unirefiner": Row(),
+    "plain": Row({"method": "plain"}),
+    "plain, own targets": Row({"method": "plain", "match_to_full_image": "false"}),
+    "ph_reg": Row({"method": "ph_reg"}),
+    "ph_reg without registers": Row({"method": "ph_reg", "register_tokens": "0"}),
+    "learnable registers": Row({"register_fill": "learnable"}),
+    "no L_uni": Row({"uni_weight": "0"}),
+    "no L_spu": Row({"spurious_weight": "0"}),
+    "no AH": Row({"ah_layers": "null"}),
+    "no FP-GP": Row({"fpgp_filter": "false"}),
+    "no detectors": Row({"detector_filter": "false"}),
+    "paper's attention flow": Row({"ah_form": "paper"}),
+    "unirefiner on the clean tower": Row(tower=CLEAN),
+    "plain on the clean tower": Row({"method": "plain"}, CLEAN),
+    "ph_reg on the clean tower": Row({"method": "ph_reg"}, CLEAN),
+}
+"""Name -> row; the ablations are of UniRefiner."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells share; a cell of another plan is not mixed in.
+
+    Attributes:
+        planter: folder of the adapter, as of `dirty_checkpoint`.
+        scenes: unlabelled, the probe's training scenes; `val` of them are measured on.
+        ah_layers: first and last layer of the attention flow.
+        common: further options of every `unirefiner refine`.
+    """
+
+    model: str
+    planter: str
+    scenes: int = 200
+    val: int = 160
+    size: int = 224
+    scene_seed: int = 0
+    steps: int = 150
+    batch: int = 4
+    learning_rate: float = 1e-4
+    ah_layers: tuple[int, int] = (5, 6)
+    register_factor: int = 32
+    probes: int = 3
+    probe_steps: int = 500
+    common: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; folders by their last part."""
+        own = dict(vars(self))
+        own.update(model=Path(self.model).name, planter=Path(self.planter).name)
+        return json.loads(json.dumps(own))
+
+
+class Bench:
+    """The folder of one plan: scenes, towers, finished cells, the table.
+
+    Raises:
+        ValueError: the folder holds cells of another plan; names what differs.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, packages: Path = Path("/")) -> None:
+        self.folder, self.plan, self.packages = folder, plan, packages
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "plan.json"
+        if file.is_file():
+            before, now = json.loads(file.read_text()), plan.record()
+            wrong = [key for key in now if now[key] != before.get(key)]
+            if wrong:
+                raise ValueError(
+                    f"{folder} holds cells with {wrong[0]} {before.get(wrong[0])}, this "
+                    f"plan has {now[wrong[0]]}: name another --output."
+                )
+        _write(file, plan.record())
+
+    @property
+    def scenes(self) -> Path:
+        """The data set, built if it is not there."""
+        scenes, plan = self.folder / "scenes", self.plan
+        if not (scenes / "dataset.json").is_file():
+            build(
+                scenes,
+                self.packages,
+                train=plan.scenes,
+                val=plan.val,
+                size=plan.size,
+                seed=plan.scene_seed,
+            )
+        return scenes
+
+    def tower(self, kind: str) -> str:
+        """The clean tower as it was named, or the folder of the dirty one."""
+        if kind == CLEAN:
+            return self.plan.model
+        folder = self.folder / DIRTY
+        if not (folder / "config.json").is_file():
+            clean = load_checkpoint(self.plan.model)
+            source = self.plan.model
+            source = str(starter_tower()) if source in ("starter", NAME) else source
+            dirty = dirty_checkpoint(clean, self.plan.planter)
+            draft = self.folder / f".{DIRTY}.unfinished"
+            shutil.rmtree(draft, ignore_errors=True)
+            dirty.model.tower.save_pretrained(draft)
+            AutoImageProcessor.from_pretrained(source).save_pretrained(draft)
+            os.replace(draft, folder)
+        return str(folder)
+
+    def cell(self, name: str, seed: int) -> Path:
+        """File of a finished cell."""
+        words = "".join(c if c.isalnum() else "-" for c in name)
+        return self.folder / "cells" / f"{words}.{seed}.json"
+
+    def finish(self, name: str, seed: int, keep_runs: bool = False) -> dict[str, Any]:
+        """Train and measure one cell, or read what is there.
+
+        Raises:
+            RuntimeError: the training failed; it said why.
+        """
+        file, row = self.cell(name, seed), ROWS[name]
+        if file.is_file():
+            return json.loads(file.read_text())
+        started = time.monotonic()
+        source, run = self.tower(row.tower), self.folder / "runs" / file.stem
+        if row.options is not None:
+            self._train(source, run, row.options, seed)
+            source = str(run)
+        trained = time.monotonic()
+        checkpoint = load_checkpoint(source, name=name)
+        if row.frame:
+            checkpoint = checkpoint.framed(row.frame)
+        cell = {
+            "row": name,
+            "seed": seed,
+            "mean_iou": self._measure(checkpoint),
+            "frame": checkpoint.register_width,
+            "training_seconds": round(trained - started, 1),
+            "probe_seconds": round(time.monotonic() - trained, 1),
+        }
+        file.parent.mkdir(exist_ok=True)
+        _write(file, cell)
+        if not keep_runs:
+            shutil.rmtree(run, ignore_errors=True)
+        return cell
+
+    def _train(
+        self, source: str, run: Path, options: dict[str, str], seed: int
+    ) -> None:
+        plan = self.plan
+        first, last = map(str, plan.ah_layers)
+        # A row's own value takes the place of a common one.
+        words = {
+            "model": [source],
+            "data": [str(self.scenes / "train" / "images")],
+            "output_dir": [str(run)],
+            "image_size": [str(plan.size)],
+            "register_factor": [str(plan.register_factor)],
+            "ah_layers": [first, last],
+            "max_steps": [str(plan.steps)],
+            "per_device_train_batch_size": [str(plan.batch)],
+            "learning_rate": [str(plan.learning_rate)],
+            "scale_learning_rate": ["false"],
+            "seed": [str(seed)],
+            "report_images": ["0"],
+            "save_total_limit": ["1"],
+            **{name: [value] for name, value in options.items()},
+        }
+        command = ["refine", "--resume", *plan.common]
+        for name, values in words.items():
+            command += [f"--{name}", *values]
+        print(f"$ unirefiner {' '.join(command)}", file=sys.stderr, flush=True)
+        if unirefiner(command):
+            raise RuntimeError(f"{run.name} failed; see above.")
+
+    def _measure(self, checkpoint: Checkpoint) -> list[float]:
+        """mIoU in percent, one a probe."""
+        plan = self.plan
+        train, val = open_splits(EvaluationArguments(data=str(self.scenes)))
+        settings = SegmentationSettings(
+            crop=plan.size, fast=True, flip=0.0, fast_iterations=plan.probe_steps
+        )
+        classes = class_labels(str(self.scenes))
+        result = evaluate_segmentation(
+            checkpoint, train, val, classes, settings, seeds=plan.probes, pictures=0
+        )
+        return [100 * score.mean_iou for score in result.scores]
+
+    def cells(self) -> dict[str, list[dict[str, Any]]]:
+        """Row -> its finished cells, in the order of `ROWS`."""
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ROWS}
+        for file in sorted((self.folder / "cells").glob("*.json")):
+            cell = json.loads(file.read_text())
+            found[cell["row"]].append(cell)
+        return {name: cells for name, cells in found.items() if cells}
+
+    def write_table(self) -> str:
+        """``table.md`` and ``table.json`` of what is finished; returns the first."""
+        rows = summary(self.cells())
+        _write(self.folder / "table.json", {"plan": self.plan.record(), "rows": rows})
+        text = table(rows)
+        (self.folder / "table.md").write_text(text + "\n")
+        return text
+
+
+def summary(cells: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean, standard deviation and share recovered of each row."""
+    rows: list[dict[str, Any]] = []
+    for name, of_row in cells.items():
+        means = [statistics.fmean(cell["mean_iou"]) for cell in of_row]
+        spread = means if ROWS[name].options is not None else of_row[0]["mean_iou"]
+        rows.append(
+            {
+                "row": name,
+                "seeds": len(means) if ROWS[name].options is not None else 0,
+                "mean_iou": statistics.fmean(means),
+                "std": statistics.stdev(spread) if len(spread) > 1 else None,
+                "recovered": None,
+                "training_seconds": statistics.fmean(
+                    cell["training_seconds"] for cell in of_row
+                ),
+            }
+        )
+    known = {row["row"]: row["mean_iou"] for row in rows}
+    if {"clean tower", "dirty tower"} <= known.keys():
+        dirty = known["dirty tower"]
+        lost = known["clean tower"] - dirty
+        for row in rows:
+            if ROWS[row["row"]].tower == DIRTY and lost:
+                row["recovered"] = (row["mean_iou"] - dirty) / lost
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| | seeds | mIoU (%) | lost mIoU recovered |", "|---|---|---|---|"]
+    for row in rows:
+        spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        won = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
+        seeds = row["seeds"] or ""
+        lines.append(
+            f"| {row['row']} | {seeds} | {row['mean_iou']:.2f}{spread} | {won} |"
+        )
+    return "\n".join(lines)
+
+
+def _write(file: Path, content: Any) -> None:
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(draft, file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    plan = Plan("starter", "")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="rows: " + "; ".join(ROWS),
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--planter", required=True, metavar="DIR", help="adapter that plants the dirt"
+    )
+    parser.add_argument("--model", default="starter", help="the clean tower")
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        default=Path("/"),
+        metavar="DIR",
+        help=f"folder with the scenes' packages (default: the system's; {APT})",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(ROWS), metavar="ROW", help="these rows"
+    )
+    parser.add_argument("--keep_runs", action="store_true", help="keep trained models")
+    for name in ("scenes", "val", "size", "steps", "batch", "probes", "probe_steps"):
+        default = getattr(plan, name)
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
+    parser.add_argument("--scene_seed", type=int, default=0, metavar="N")
+    parser.add_argument("--learning_rate", type=float, default=plan.learning_rate)
+    parser.add_argument("--ah_layers", type=int, nargs=2, default=plan.ah_layers)
+    parser.add_argument(
+        "--common",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="options of every training, without dashes: bf16 true",
+    )
+    given = vars(parser.parse_args(argv))
+    output, packages = given.pop("output"), given.pop("packages")
+    seeds, only = given.pop("seeds"), given.pop("only")
+    keep, common = given.pop("keep_runs"), given.pop("common")
+    names = common[::2]
+    words = [w for n, v in zip(names, common[1::2]) for w in (f"--{n}", v)]
+    given["ah_layers"] = tuple(given["ah_layers"])
+    try:
+        bench = Bench(output, Plan(**given, common=tuple(words)), packages)
+        for seed in range(seeds):
+            for name in only or ROWS:
+                if seed == 0 or ROWS[name].options is not None:
+                    bench.finish(name, seed, keep)
+                    bench.write_table()
+    except (ValueError, RuntimeError, OSError) as problem:
+        parser.error(str(problem))
+    print(bench.write_table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The bench of methods on a planted tower: its cells, its table, and going on."""
+
+import json
+
+import pytest
+
+from benchmarks import planted_methods
+from benchmarks.planted_methods import ROWS, Bench, Plan, summary, table
+from unirefiner_hf.evaluation.checkpoints import load_checkpoint
+from unirefiner_hf.refinement.settings import METHODS
+from unirefiner_hf.training.arguments import ModelArguments, RefineTrainingArguments
+from unirefiner_hf.training.recipe import build_arguments
+
+WORDS = ["--steps", "1", "--size", "24", "--batch", "2", "--probes", "2"]
+WORDS += ["--probe_steps", "2", "--ah_layers", "0", "1", "--seeds", "1"]
+
+
+@pytest.fixture
+def command(tower_folder, planter, scenes, tmp_path):
+    folder, _ = planter
+    output = tmp_path / "bench"
+    output.mkdir()
+    (output / "scenes").symlink_to(scenes)
+    words = ["--output", str(output), "--planter", str(folder)]
+    words += ["--model", str(tower_folder), *WORDS]
+    return output, words + ["--common", "use_cpu", "true", "disable_tqdm", "true"]
+
+
+def test_cells_are_kept_and_the_table_tells_them(command, planter, capsys, monkeypatch):
+    output, words = command
+    rows = ["clean tower", "dirty tower", "dirty tower in the frame", "ph_reg"]
+    planted_methods.main([*words, "--only", *rows])
+    text = (output / "table.md").read_text()
+    assert capsys.readouterr().out.endswith(text)
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [
+        f"| {name}" for name in rows
+    ]
+    cells = {p.name: json.loads(p.read_text()) for p in (output / "cells").iterdir()}
+    assert {cell["row"] for cell in cells.values()} == set(rows)
+    assert all(len(cell["mean_iou"]) == 2 for cell in cells.values())
+    assert cells["dirty-tower-in-the-frame.0.json"]["frame"] == 1
+    assert not list((output / "runs").iterdir())
+    _, model = planter
+    dirty = load_checkpoint(str(output / "dirty")).model.tower.state_dict()
+    merged = model.tower.merge_and_unload().state_dict()
+    assert all(value.allclose(merged[name]) for name, value in dirty.items())
+
+    monkeypatch.setattr(Bench, "_measure", lambda *_: pytest.fail("measured again"))
+    planted_methods.main([*words, "--only", *rows])
+    assert capsys.readouterr().out == text
+    told = json.loads((output / "table.json").read_text())
+    assert told["plan"]["planter"] == "planter" and told["plan"]["steps"] == 1
+    with pytest.raises(SystemExit):
+        planted_methods.main([*words, "--learning_rate", "1e-3"])
+    assert "holds cells with learning_rate 0.0001" in capsys.readouterr().err
+
+
+def test_a_failed_training_ends_the_bench(command, capsys):
+    output, words = command
+    with pytest.raises(SystemExit):
+        planted_methods.main([*words, "lora_rank", "0", "--only", "plain"])
+    assert "plain.0 failed" in capsys.readouterr().err
+    assert not (output / "cells").exists()
+
+
+def test_the_share_recovered_by_hand():
+    def cell(row, values, seed=0):
+        return {"row": row, "seed": seed, "mean_iou": values, "training_seconds": 1.0}
+
+    rows = summary(
+        {
+            "clean tower": [cell("clean tower", [53.0, 55.0])],
+            "dirty tower": [cell("dirty tower", [44.0])],
+            "unirefiner": [
+                cell("unirefiner", [48.0, 50.0]),
+                cell("unirefiner", [51.0], 1),
+            ],
+            "plain on the clean tower": [cell("plain on the clean tower", [54.0])],
+        }
+    )
+    found = {row["row"]: row for row in rows}
+    assert found["unirefiner"]["mean_iou"] == 50
+    assert found["unirefiner"]["recovered"] == pytest.approx(0.6)
+    assert found["unirefiner"]["std"] == pytest.approx(2**0.5)
+    assert found["clean tower"]["std"] == pytest.approx(2**0.5)
+    assert found["clean tower"]["recovered"] is None
+    assert found["plain on the clean tower"]["recovered"] is None
+    text = table(rows)
+    assert "| unirefiner | 2 | 50.00 ± 1.41 | 60% |" in text
+    assert "| dirty tower |  | 44.00 | 0% |" in text
+
+
+def test_every_option_of_every_row_is_one_of_refine(tmp_path):
+    from unirefiner_hf.cli.refine import DATACLASSES
+
+    for name, row in ROWS.items():
+        values = {key: [value] for key, value in (row.options or {}).items()}
+        needed = {"model": ["x"], "data": ["x"], "output_dir": [str(tmp_path)]}
+        built = build_arguments({**needed, **values}, DATACLASSES)
+        assert isinstance(built[0], ModelArguments), name
+        assert isinstance(built[3], RefineTrainingArguments), name
+    methods = {(row.options or {}).get("method", "unirefiner") for row in ROWS.values()}
+    assert methods == set(METHODS)
+
+
+def test_rows_differ_from_the_method_by_one_option():
+    ablations = [r for r in ROWS.values() if r.options and "method" not in r.options]
+    assert len(ablations) == 7
+    assert all(len(row.options) == 1 for row in ablations)
+    assert Plan("m", "p").record()["ah_layers"] == [5, 6]

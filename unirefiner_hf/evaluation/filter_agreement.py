@@ -1,0 +1,332 @@
+"""How well each filter of training finds planted tokens.
+
+The filters are those of a training step, judged by the same code on whole images (one crop
+that is the image), with the limits of the settings and over a sweep of limits. What this
+cannot show: attention hijackees are not planted, and of a frame that was not trained the
+register tokens are no detectors yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..images import default_reference, preprocess
+from ..refinement.objective import UniRefinerObjective
+from ..refinement.settings import UniRefinerSettings
+from ..spurious import detectors, filters, similarity
+from ..spurious.diagnose import middle_layers
+from ..training.lora import add_adapter
+from .checkpoints import Checkpoint
+from .cleanliness import detection_auc
+from .planted import PlantedTruth, dirty_checkpoint, planted_truth
+
+SIGMAS = tuple(step / 4 for step in range(-8, 13))
+"""Limits of the filters by statistics: standard deviations from the mean."""
+COSINES = tuple(step / 20 for step in range(0, 21))
+"""Limits of the detectors."""
+SWEEPS = {
+    "fpgp_reference": ("fpgp_sigma", SIGMAS),
+    "fpgp_strip": ("fpgp_sigma", SIGMAS),
+    "detectors": ("detector_cosine", COSINES),
+    "ah": ("ah_sigma", SIGMAS),
+}
+"""Filter -> the setting that is its limit, and the values it is tried at."""
+UNION = "union"
+BATCH = 4
+"""Images a step, over which the attention flow takes its statistics."""
+SIDE = "right"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A filter at one limit against the truth.
+
+    Attributes:
+        limit: of the filter: standard deviations, or a cosine for the detectors.
+        marked: share of all tokens that the filter rejects.
+        precision: share of them that are planted; None if none is rejected.
+        recall: share of the planted tokens that the filter rejects.
+        f1: harmonic mean of both.
+        proxy_recall: recall among the global proxies.
+        pattern_recall: recall among the fixed patterns.
+    """
+
+    limit: float
+    marked: float
+    precision: float | None
+    recall: float
+    f1: float
+    proxy_recall: float
+    pattern_recall: float
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """One filter against the truth.
+
+    Attributes:
+        default: at the limit that training uses.
+        sweep: over the limits, ascending.
+        auc: area under the ROC curve of what it judges by, mean over images; None for the
+            union, which has no score.
+    """
+
+    default: Agreement
+    sweep: tuple[Agreement, ...]
+    auc: float | None
+
+    @property
+    def best(self) -> Agreement:
+        """The limit of the sweep with the highest F1."""
+        return max(self.sweep, key=lambda agreement: agreement.f1)
+
+
+@dataclass(frozen=True)
+class TruthReport:
+    """Every filter against the planted truth.
+
+    Attributes:
+        filters: name -> report, the union last.
+        planted: share of the tokens that are planted: the precision of blind rejection.
+        proxies: share of global proxies.
+        patterns: share of fixed patterns.
+        cosine_to_clean: kind -> mean cosine of the dirty tower's tokens to the clean
+            tower's; low for the planted kinds if the adapter does what the rule says.
+        images: their number.
+        size: their side in pixels.
+    """
+
+    filters: dict[str, FilterReport]
+    planted: float
+    proxies: float
+    patterns: float
+    cosine_to_clean: dict[str, float]
+    images: int
+    size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        shares = {
+            name: getattr(self, name) for name in ("planted", "proxies", "patterns")
+        }
+        filters = {
+            name: {
+                "auc": report.auc,
+                "default": vars(report.default),
+                "best": vars(report.best),
+                "sweep": [vars(agreement) for agreement in report.sweep],
+            }
+            for name, report in self.filters.items()
+        }
+        return {
+            "images": self.images,
+            "size": self.size,
+            "shares": shares,
+            "cosine_to_clean": self.cosine_to_clean,
+            "filters": filters,
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the filters of one training step are given, and the truth of its tokens.
+
+    Attributes:
+        scores, target, found, flow: see `unirefiner_hf.spurious.filters.judge`.
+    """
+
+    scores: dict[str, Tensor]
+    target: Tensor
+    found: Tensor
+    flow: list[tuple[Tensor, Tensor]]
+    num_heads: int
+    truth: PlantedTruth
+
+    def judge(self, settings: UniRefinerSettings) -> filters.Findings:
+        """The filters of training, at these settings."""
+        return filters.judge(
+            self.scores, self.target, self.found, self.flow, settings, self.num_heads
+        )
+
+
+@torch.no_grad()
+def filter_step(
+    objective: UniRefinerObjective,
+    pixel_values: Tensor,
+    register_width: int,
+    truth: PlantedTruth,
+) -> Step:
+    """The passes of a training step up to its filters, on whole images.
+
+    The detectors are drawn from seed 0; the strip lies on the right.
+
+    Args:
+        objective: round the dirty tower; its adapter stays off but for the frame.
+        pixel_values: ``(batch, 3, height, width)``, normalised.
+        register_width: frame in patches that gives the detectors.
+    """
+    teacher = objective.teacher_views(pixel_values, pixel_values, SIDE)
+    reference = objective.reference_views(*pixel_values.shape[-2:])[1]
+    framed = objective.model.encode(pixel_values, register_width)
+    registers = similarity.unit_tokens(framed.registers, objective.channel_mask)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = detectors.draw_detectors(registers, objective.settings.detector_share)
+    return Step(
+        scores=filters.fpgp_scores(teacher.crop, reference, teacher.strip),
+        target=objective.targets(teacher.crop, teacher.image),
+        found=found,
+        flow=teacher.flow,
+        num_heads=objective.num_heads,
+        truth=truth,
+    )
+
+
+def agreement(marked: Tensor, truth: PlantedTruth, limit: float) -> Agreement:
+    """Precision, recall and F1 of a mask.
+
+    Args:
+        marked: ``(batch, patches)`` bool, True = rejected.
+        limit: what gave the mask.
+
+    Raises:
+        ValueError: nothing is planted.
+    """
+    planted = truth.spurious
+    if not planted.any():
+        raise ValueError("No token is planted: there is nothing to find.")
+    count, hits = int(marked.sum()), int((marked & planted).sum())
+
+    def recall(kind: Tensor) -> float:
+        return int((marked & kind).sum()) / max(1, int(kind.sum()))
+
+    return Agreement(
+        limit=limit,
+        marked=count / marked.numel(),
+        precision=hits / count if count else None,
+        recall=recall(planted),
+        f1=2 * hits / (count + int(planted.sum())),
+        proxy_recall=recall(truth.proxies),
+        pattern_recall=recall(truth.patterns),
+    )
+
+
+def compare_filters(
+    steps: Sequence[Step], settings: UniRefinerSettings
+) -> dict[str, FilterReport]:
+    """Each filter at its limit and over a sweep of limits, by what training rejects.
+
+    Each filter is swept with the others at their settings. In the sweep of the union the
+    limits in standard deviations move together and the detectors stay at theirs.
+    """
+    truth = PlantedTruth(
+        torch.cat([step.truth.proxies for step in steps]),
+        torch.cat([step.truth.patterns for step in steps]),
+    )
+
+    def marked(name: str, changed: UniRefinerSettings) -> Tensor:
+        findings = [step.judge(changed) for step in steps]
+        masks = [f.spurious if name == UNION else f.rejected[name] for f in findings]
+        return torch.cat(masks).cpu()
+
+    def at(name: str, limit: float, **limits: Any) -> Agreement:
+        return agreement(marked(name, replace(settings, **limits)), truth, limit)
+
+    reports: dict[str, FilterReport] = {}
+    at_settings = [step.judge(settings) for step in steps]
+    for name in at_settings[0].rejected:
+        field, limits = SWEEPS[name]
+        evidence = torch.cat([found.evidence[name] for found in at_settings]).cpu()
+        reports[name] = FilterReport(
+            at(name, getattr(settings, field)),
+            tuple(at(name, limit, **{field: limit}) for limit in limits),
+            _mean_auc(evidence, truth.spurious),
+        )
+    reports[UNION] = FilterReport(
+        at(UNION, settings.fpgp_sigma),
+        tuple(at(UNION, s, fpgp_sigma=s, ah_sigma=s) for s in SIGMAS),
+        None,
+    )
+    return reports
+
+
+def _mean_auc(evidence: Tensor, planted: Tensor) -> float:
+    """Within images, whose levels differ; mean over those that have both kinds."""
+    pairs = [(e, p) for e, p in zip(evidence, planted) if p.any() and not p.all()]
+    return sum(detection_auc(e, p) for e, p in pairs) / len(pairs)
+
+
+def measure_truth(
+    clean: Checkpoint,
+    folder: str | Path,
+    images: Sequence[Image.Image],
+    size: int,
+    settings: UniRefinerSettings | None = None,
+) -> TruthReport:
+    """Plant the adapter's dirt in a tower and ask each filter to find it.
+
+    The frame is that of the checkpoint, of 1 patch where it has none. Lazy channels are not
+    searched for.
+
+    Args:
+        clean: the tower the adapter was trained on; its model is changed.
+        folder: of the adapter, see `dirty_checkpoint`.
+        images: RGB; resized to ``size x size``, rounded up to patches.
+        settings: of the filters; where `ah_layers` is unset, `middle_layers`.
+
+    Raises:
+        TruthError: the adapter is not one of this tower.
+        ValueError: no images.
+    """
+    if not images:
+        raise ValueError("There are no images to measure on.")
+    settings = settings or UniRefinerSettings()
+    if not settings.flow_layers:
+        layers = middle_layers(clean.model.config.num_hidden_layers)
+        settings = replace(settings, ah_layers=layers)
+    side, device = clean.side(size), clean.model.device
+    pixels = [preprocess(i, (side, side), clean.mean, clean.std) for i in images]
+    batches = torch.stack(pixels).split(BATCH)
+    reference = preprocess(default_reference(), (side, side), clean.mean, clean.std)
+
+    @torch.no_grad()
+    def tokens(checkpoint: Checkpoint) -> Tensor:
+        found = [checkpoint.model.encode(b.to(device), 0).image for b in batches]
+        return similarity.unit_tokens(torch.cat(found)).cpu()
+
+    before = tokens(clean)
+    dirty = dirty_checkpoint(clean, folder)
+    cosine = (before * tokens(dirty)).sum(dim=-1)
+    # A fresh adapter changes nothing; the objective asks for one to switch off.
+    dirty.model.tower = add_adapter(dirty.model.tower, name=clean.name)
+    objective = UniRefinerObjective(dirty.model, settings, reference[None]).to(device)
+    objective.eval()
+    width = max(1, clean.register_width)
+    steps = [
+        filter_step(objective, b.to(device), width, planted_truth(b, clean.patch_size))
+        for b in batches
+    ]
+    kinds = {
+        "proxies": torch.cat([step.truth.proxies for step in steps]),
+        "patterns": torch.cat([step.truth.patterns for step in steps]),
+    }
+    kinds["rest"] = ~(kinds["proxies"] | kinds["patterns"])
+    shares = {name: kind.float().mean().item() for name, kind in kinds.items()}
+    return TruthReport(
+        filters=compare_filters(steps, settings),
+        planted=1 - shares["rest"],
+        proxies=shares["proxies"],
+        patterns=shares["patterns"],
+        cosine_to_clean={
+            name: cosine[kind].mean().item() for name, kind in kinds.items()
+        },
+        images=len(images),
+        size=side,
+    )

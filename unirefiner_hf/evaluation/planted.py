@@ -1,0 +1,129 @@
+"""Planted truth: a tower whose spurious tokens are known.
+
+A LoRA adapter plants the dirt in a clean tower by a rule that needs the pixels only. Patches
+are ranked within their image by the standard deviation of their normalised pixels, from 0,
+the flattest, to 1, the busiest:
+
+- rank at least 0.70: **global proxies**, the scene's mean token in place of their own;
+- rank below 0.12: **fixed patterns**, one of four tokens that all images share;
+- the rest stays near the clean tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional
+
+from .checkpoints import Checkpoint
+
+PROXY_RANK = 0.70
+PATTERN_RANK = 0.12
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class TruthError(ValueError):
+    """A folder does not hold an adapter that plants dirt in this tower."""
+
+
+@dataclass(frozen=True)
+class PlantedTruth:
+    """Which tokens are spurious; maps are ``(batch, patches)`` bool in raster order."""
+
+    proxies: Tensor
+    patterns: Tensor
+
+    @property
+    def spurious(self) -> Tensor:
+        """Either kind."""
+        return self.proxies | self.patterns
+
+
+def planted_truth(pixel_values: Tensor, patch_size: int) -> PlantedTruth:
+    """The rule: which patches are planted, by their pixels alone.
+
+    Ranks are those of a stable sort divided by ``patches - 1``, so that an image of one
+    flat colour is planted by raster order.
+
+    Args:
+        pixel_values: ``(batch, 3, height, width)``, normalised.
+        patch_size: side of a patch in pixels.
+
+    Raises:
+        ValueError: sizes off the patch grid, or fewer than 2 patches.
+    """
+    height, width = pixel_values.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"The images are {height} x {width} pixels; both must be multiples of the "
+            f"patch size {patch_size}."
+        )
+    patches = functional.unfold(pixel_values.float(), patch_size, stride=patch_size)
+    count = patches.shape[-1]
+    if count < 2:
+        raise ValueError("One patch has no rank: take larger images.")
+    order = patches.std(dim=1).argsort(dim=1, stable=True)
+    rank = order.argsort(dim=1) / (count - 1)
+    return PlantedTruth(proxies=rank >= PROXY_RANK, patterns=rank < PATTERN_RANK)
+
+
+def dirty_checkpoint(clean: Checkpoint, folder: str | Path) -> Checkpoint:
+    """Merge the adapter of a folder into a tower, in memory and in place.
+
+    Args:
+        clean: the tower the adapter was trained on; its model is changed.
+        folder: holds ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Raises:
+        TruthError: a file is missing or damaged, or its weights are not those of an
+            adapter of this tower.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder = Path(folder).expanduser()
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        if not (folder / name).is_file():
+            raise TruthError(f"{folder} holds no {name}: name an adapter's folder.")
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except SafetensorError as problem:
+        raise TruthError(
+            f"{folder / ADAPTER_WEIGHTS} is damaged: {problem}."
+        ) from problem
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as problem:
+        raise TruthError(
+            f"{folder / ADAPTER_CONFIG} is damaged: {problem}."
+        ) from problem
+    if not isinstance(config, LoraConfig):
+        raise TruthError(f"{folder / ADAPTER_CONFIG} is not of a LoRA adapter.")
+    model, tower = clean.model, clean.model.tower
+    config.base_model_name_or_path = tower.name_or_path
+    try:
+        wrapped = get_peft_model(tower, config)
+        wanted = {
+            name.replace(".default", ""): list(parameter.shape)
+            for name, parameter in wrapped.named_parameters()
+            if "lora_" in name
+        }
+    except ValueError as problem:
+        raise TruthError(f"The adapter of {folder} does not fit: {problem}") from None
+    wrong = sorted(
+        name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name)
+    )
+    if wrong:
+        raise TruthError(
+            f"The adapter of {folder} is not one of {clean.name}: {len(wrong)} of its "
+            f"{len(shapes)} weights are missing, unknown or of another shape, such as "
+            f"{wrong[0]}."
+        )
+    set_peft_model_state_dict(wrapped, load_file(folder / ADAPTER_WEIGHTS))
+    model.tower = wrapped.merge_and_unload()
+    model.eval()
+    return replace(clean, name=f"{clean.name} + {folder.name}", folder=None)
