@@ -170,6 +170,26 @@ def test_the_last_block_again_is_the_last_block(kind, pixels):
 
 
 @torch.no_grad()
+def test_learned_register_tokens_take_part_in_the_last_block(pixels):
+    tower, projection = tower_of("clip")
+    attention = tower.encoder.layers[-1].self_attn
+    attention.k_proj = attention.q_proj
+    model = UniRefinerModel.from_tower(tower, register_width=0, num_register_tokens=2)
+
+    def read(variant, **options):
+        options = {"projection": projection, "variant": variant, **options}
+        return dense_text_features(model, pixels, **options)
+
+    plain = read("plain")
+    assert torch.allclose(read("clearclip", residual=True), plain, atol=1e-5)
+    near = read("naclip")
+    assert near.shape == plain.shape
+    with model.without_register_tokens():
+        assert not torch.allclose(read("plain"), plain)
+        assert not torch.allclose(read("naclip"), near)
+
+
+@torch.no_grad()
 def test_an_adapter_is_part_of_the_reading(pixels):
     tower, projection = tower_of("clip")
     bare = UniRefinerModel.from_tower(tower, register_width=1)

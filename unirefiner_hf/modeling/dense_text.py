@@ -209,7 +209,9 @@ def _block_again(
         weights = alike("q_proj").softmax(-1)
     elif variant == "naclip":
         near = neighbourhood(grid, sigma).to(value)
-        near = functional.pad(near, (prefix, 0, prefix, 0))
+        # Register tokens, where a tower has learned some, stand behind the patches.
+        behind = value.shape[-2] - prefix - len(near)
+        near = functional.pad(near, (prefix, behind, prefix, behind))
         weights = (alike("k_proj") + near).softmax(-1)
     else:
         weights = None
