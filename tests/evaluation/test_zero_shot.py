@@ -32,10 +32,13 @@ from unirefiner_hf.evaluation.zero_shot import (
     predicted,
     protocol_of,
     read_names,
+    similarity_map,
     text_features,
     word_set,
 )
 from unirefiner_hf.evaluation.zero_shot_sets import SETS, TEMPLATES
+from unirefiner_hf.images import preprocess
+from unirefiner_hf.modeling.dense_text import dense_text_features
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.text_side import load_text_side
 
@@ -236,6 +239,39 @@ def test_one_command_compares_checkpoints(
     load_text_side(planted).save(merged)
     assert main(["evaluate", str(merged), *words]) == 0
     assert "| merged | 100.0 | 100.0 |" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_the_frame_and_the_settings_reach_the_tower(tmp_path):
+    dual = save_dual_encoder(tmp_path, "clip")
+    base = load_checkpoint(str(tmp_path))
+    words = functional.normalize(torch.randn(3, 20), dim=-1)
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    )
+    pixels = preprocess(image, (16, 16), base.mean, base.std)[None]
+    maps = []
+    for width, sigma in ((0, 5.0), (1, 5.0), (1, 0.5)):
+        settings = ZeroShotSettings(short_side=16, sigma=sigma)
+        protocol = protocol_of(base, SETS["voc"], settings)
+        found = similarity_map(
+            base.framed(width), image, words, dual.visual_projection, protocol
+        )
+        patches = dense_text_features(
+            base.model,
+            pixels,
+            variant="naclip",
+            projection=dual.visual_projection,
+            register_width=width,
+            sigma=sigma,
+        )
+        cosines = torch.cosine_similarity(patches[0][:, None], words[None], dim=-1)
+        cosines = cosines.T.unflatten(1, (4, 4))[None]
+        large = functional.interpolate(cosines, (16, 16), mode="bilinear")
+        assert torch.allclose(found, large, atol=1e-5)
+        maps.append(found)
+    assert not torch.allclose(maps[0], maps[1], atol=1e-3)
+    assert not torch.allclose(maps[1], maps[2], atol=1e-3)
 
 
 def test_synonyms_and_background():

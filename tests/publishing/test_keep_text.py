@@ -1,5 +1,6 @@
 """Dual encoders stay whole: the merged checkpoint carries its text side."""
 
+import copy
 import json
 import os
 import subprocess
@@ -99,7 +100,8 @@ def test_a_fresh_process_has_both_sides(kind, merged, fresh):
         expected = side.encode(TEXTS)
         projection = side.projection
     else:
-        dual = AutoModel.from_pretrained(base).eval()
+        # A copy, for its weights lie aligned in memory: see `load_text_side`.
+        dual = copy.deepcopy(AutoModel.from_pretrained(base).eval())
         expected = dual.get_text_features(**side.tokens(TEXTS)).pooler_output
         projection = getattr(dual, "visual_projection", None)
     words, patches = found[f"{kind} words"], found[f"{kind} patches"]

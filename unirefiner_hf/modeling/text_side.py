@@ -191,6 +191,10 @@ def load_text_side(
             f"another shape ({', '.join(wrong[:3])}): use the whole dual encoder as it "
             "was published."
         )
+    # A file's weights may lie unaligned in memory, which moves the last bit of a product:
+    # copied, the same weights give the same bits whichever file they come from.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return TextSide(model.eval(), tokenizer, source.vision_type)
 
 
