@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from .auto_registration import register
 
 if TYPE_CHECKING:
+    from .modeling.configuration_pyramid import UniRefinerPyramidConfig
     from .modeling.configuration_unirefiner import UniRefinerConfig
+    from .modeling.modeling_pyramid import UniRefinerPyramid
     from .modeling.modeling_unirefiner import UniRefinerBackbone, UniRefinerModel
     from .modeling.remote_code import save_remote_code
     from .modeling.towers import load_tower
@@ -23,6 +25,8 @@ _HOMES = {
     "UniRefinerConfig": ".modeling.configuration_unirefiner",
     "UniRefinerModel": ".modeling.modeling_unirefiner",
     "UniRefinerBackbone": ".modeling.modeling_unirefiner",
+    "UniRefinerPyramid": ".modeling.modeling_pyramid",
+    "UniRefinerPyramidConfig": ".modeling.configuration_pyramid",
     "load_tower": ".modeling.towers",
     "save_remote_code": ".modeling.remote_code",
 }
@@ -31,6 +35,8 @@ __all__ = [
     "UniRefinerBackbone",
     "UniRefinerConfig",
     "UniRefinerModel",
+    "UniRefinerPyramid",
+    "UniRefinerPyramidConfig",
     "load_tower",
     "save_remote_code",
 ]
