@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .auto_registration import register
 
 if TYPE_CHECKING:
+    from .modeling.configuration_pyramid import UniRefinerPyramidConfig
     from .modeling.configuration_unirefiner import UniRefinerConfig
     from .modeling.dense_text import dense_text_features
+    from .modeling.modeling_pyramid import UniRefinerPyramid
     from .modeling.modeling_unirefiner import UniRefinerBackbone, UniRefinerModel
     from .modeling.remote_code import save_remote_code
     from .modeling.text_side import load_text_side
@@ -27,6 +29,8 @@ _HOMES = {
     "UniRefinerBackbone": ".modeling.modeling_unirefiner",
     "dense_text_features": ".modeling.dense_text",
     "load_text_side": ".modeling.text_side",
+    "UniRefinerPyramid": ".modeling.modeling_pyramid",
+    "UniRefinerPyramidConfig": ".modeling.configuration_pyramid",
     "load_tower": ".modeling.towers",
     "save_remote_code": ".modeling.remote_code",
 }
@@ -35,6 +39,8 @@ __all__ = [
     "UniRefinerBackbone",
     "UniRefinerConfig",
     "UniRefinerModel",
+    "UniRefinerPyramid",
+    "UniRefinerPyramidConfig",
     "dense_text_features",
     "load_text_side",
     "load_tower",

@@ -20,6 +20,8 @@ MODELING_AUTO = "transformers.models.auto.modeling_auto"
 CONFIGURATION = f"{__package__}.modeling.configuration_unirefiner"
 MODELING = f"{__package__}.modeling.modeling_unirefiner"
 TOWERS = f"{__package__}.modeling.towers"
+CONFIGURATION_PYRAMID = f"{__package__}.modeling.configuration_pyramid"
+MODELING_PYRAMID = f"{__package__}.modeling.modeling_pyramid"
 
 
 def register_config() -> None:
@@ -48,8 +50,11 @@ def register() -> None:
     Once transformers' Auto classes are loaded, our module is imported; once our module
     is imported, its classes are registered. A module that is already being imported is
     left to finish, and registered then. The table of towers imports the Auto classes
-    itself; where it is imported first, the model follows it.
+    itself; where it is imported first, the model follows it. The feature pyramid follows
+    the model, and registers itself.
     """
+    _after_import(CONFIGURATION, partial(_import_unless_started, CONFIGURATION_PYRAMID))
+    _after_import(MODELING, partial(_import_unless_started, MODELING_PYRAMID))
     _after_import(TOWERS, partial(_import_unless_started, MODELING))
     for auto, ours, action in (
         (CONFIGURATION_AUTO, CONFIGURATION, register_config),

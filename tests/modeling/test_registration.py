@@ -74,6 +74,8 @@ def test_public_names():
         "from transformers import AutoConfig; import unirefiner_hf",
         "from unirefiner_hf.modeling.towers import load_tower",
         "from unirefiner_hf.modeling.modeling_eva_clip import EvaClipVisionModel",
+        "from unirefiner_hf.modeling.modeling_pyramid import UniRefinerPyramid",
+        "from unirefiner_hf import UniRefinerPyramidConfig",
     ],
 )
 def test_any_first_import_in_a_fresh_process_registers(first):
@@ -84,5 +86,8 @@ tower = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=1,
 config = AutoConfig.for_model("unirefiner", vision_config=tower)
 print(type(AutoModel.from_config(config)).__name__)
 print(type(AutoBackbone.from_config(config)).__name__)
+config = AutoConfig.for_model("unirefiner_pyramid", refined_config=config)
+print(type(AutoBackbone.from_config(config)).__name__)
 """
-    assert python(code).split() == ["UniRefinerModel", "UniRefinerBackbone"]
+    names = ["UniRefinerModel", "UniRefinerBackbone", "UniRefinerPyramid"]
+    assert python(code).split() == names
