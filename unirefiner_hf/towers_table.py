@@ -20,8 +20,8 @@ def support_table() -> str:
         "Written by `python -m unirefiner_hf.towers_table docs/towers.md`.",
         "",
         "| model type | checkpoints | tokens before the patches | last norm on patch tokens "
-        "| patch tokens as words | note |",
-        "|---|---|---|---|---|---|",
+        "| patch tokens as words | PH-Reg | note |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model_type, family in FAMILIES.items():
         names = f"`{model_type}`"
@@ -34,6 +34,7 @@ def support_table() -> str:
             _prefix(family),
             _norm(family),
             words,
+            "yes" if family.positions is not None else "no",
             family.note,
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -42,6 +43,11 @@ def support_table() -> str:
     for model_type, family in FAMILIES.items():
         for field, value, reason in family.requires:
             lines.append(f"| `{model_type}` with `{field}={not value}` | {reason} |")
+    lines += ["", "No register tokens (PH-Reg), and why:", ""]
+    lines += ["| model type | reason |", "|---|---|"]
+    for model_type, family in FAMILIES.items():
+        if family.positions is None:
+            lines.append(f"| `{model_type}` | {family.no_register_tokens} |")
     return "\n".join(lines) + "\n"
 
 

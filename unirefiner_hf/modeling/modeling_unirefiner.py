@@ -298,6 +298,8 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding of the tower."""
+        if self.family.projection is not None:
+            return self.tower.get_submodule(self.family.projection)
         return self.tower.get_input_embeddings()
 
     @contextmanager
@@ -382,9 +384,10 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         # Most towers cast pixels themselves; ViT-MAE and RADIO do not.
         framed = self._frame(pixel_values, width).to(self.tower.dtype)
         joining = self._joining_tokens()
+        joined = 0 if joining is None else len(joining)
         with appended_tokens(self.tower, EMBEDDINGS, joining):
             output = self.tower(
-                **tower_inputs(self.family, framed, self.patch_size),
+                **tower_inputs(self.family, framed, self.patch_size, joined),
                 return_dict=True,
                 output_hidden_states=wanted is not None or bool(output_hidden_states),
                 output_attentions=output_attentions,
@@ -392,7 +395,6 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         prefix = self.family.num_prefix_tokens(self.config.vision_config)
         tokens = output.last_hidden_state.shape[1]
         rows, columns = grid[0] + 2 * width, grid[1] + 2 * width
-        joined = 0 if joining is None else len(joining)
         expected = prefix + rows * columns + joined
         if tokens != expected:
             raise RuntimeError(

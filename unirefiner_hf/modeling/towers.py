@@ -77,6 +77,8 @@ class TowerFamily:
         positions: the learned absolute position embedding, a parameter's path; None: the
             tower has none.
         no_register_tokens: why learned tokens cannot join its sequence.
+        projection: path of the patch embedding, of a tower whose
+            ``get_input_embeddings`` does not give it.
         dual_encoder: ``model_type`` of image-text checkpoints that hold this tower.
         other_parts: first parts of the weight names in a published checkpoint that
             belong to no part of the tower: the other half, or heads of its training.
@@ -107,6 +109,7 @@ class TowerFamily:
     shuffles: bool = False
     positions: str | None = None
     no_register_tokens: str = ""
+    projection: str | None = None
     dual_encoder: str | None = None
     other_parts: tuple[str, ...] = ()
     text_reading: str | None = None
@@ -245,7 +248,7 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layers",
         query="self_attn.q_proj",
         key="self_attn.k_proj",
-        no_register_tokens="its attention mask counts patches, and further tokens are not in it",
+        positions=_EMBEDDING,
         prefix_tokens=0,
         final_norm="post_layernorm",
         norm_in_output=True,
@@ -414,7 +417,8 @@ FAMILIES: dict[str, TowerFamily] = {
         layers="encoder.layer",
         query="attention.q_proj",
         key="attention.k_proj",
-        no_register_tokens="its patches and positions are not in an embedding layer",
+        positions="embeddings.position_embedding",
+        projection="embeddings.patch_projection",
         prefix_tokens=0,
         prefix_fields=("num_cls_tokens", "num_registers"),
         final_norm=None,
@@ -594,13 +598,14 @@ def settle_tower(tower: PreTrainedModel) -> None:
 
 
 def tower_inputs(
-    family: TowerFamily, pixel_values: Tensor, patch_size: int
+    family: TowerFamily, pixel_values: Tensor, patch_size: int, joining: int = 0
 ) -> dict[str, Any]:
     """What the tower is called with.
 
     Args:
         pixel_values: ``(batch, 3, height, width)``, framed.
         patch_size: side of a patch in pixels.
+        joining: learned register tokens that join the sequence behind the patches.
     """
     batch, _, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
@@ -614,7 +619,7 @@ def tower_inputs(
         return {
             "pixel_values": cells.flatten(3).flatten(1, 2),
             "pixel_attention_mask": torch.ones(
-                batch, rows * columns, dtype=torch.long, device=device
+                batch, rows * columns + joining, dtype=torch.long, device=device
             ),
             "spatial_shapes": shape,
         }

@@ -30,7 +30,12 @@ def unlocked_names(tower: PreTrainedModel) -> list[str]:
             f"This {config.model_type} tower was built without {family.positions}, the "
             "position embedding that PH-Reg trains."
         )
-    embedding = {id(p) for p in tower.get_input_embeddings().parameters()}
+    projection = (
+        tower.get_input_embeddings()
+        if family.projection is None
+        else tower.get_submodule(family.projection)
+    )
+    embedding = {id(p) for p in projection.parameters()}
     last = f"{family.layers}.{config.num_hidden_layers - 1}."
     return [
         name
