@@ -9,7 +9,8 @@ bare tower, the tower on images that already have the frame's size, and the refi
 ratios are taken within a round, and their median over the rounds is reported. `refined / tower`
 is what a user pays; `refined / framed tower` is what our code adds to the larger image. Beside
 them what to expect: the ratio of tokens, and that of operations (matrix products and attention,
-counted by PyTorch). Memory is the most the allocator held during a pass above the weights and
+counted by PyTorch). With --threads 1 seconds are CPU time, which other load on the machine
+disturbs less. Memory is the most the allocator held during a pass above the weights and
 the images.
 """
 
@@ -74,11 +75,14 @@ def passes(
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
+    """Seconds of a pass: of CPU time on a CPU with one thread, else by the clock."""
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    start = clock()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def operations(run: Callable[[], Any]) -> int:
