@@ -343,7 +343,7 @@ def test_methods_of_checkpoints(tower_folder, tmp_path):
         "ph_reg",
         "plain",
     ]
-    names = [tower_folder.name, "bare", "ph_reg", "ph_reg", "plain distillation"]
+    names = [tower_folder.name, "bare", "PH-Reg", "PH-Reg", "plain distillation"]
     assert [c.name for c in found] == names
     assert [c.needs_controls for c in found] == [False, True, True, True, False]
     assert [c.register_width for c in found] == [0, 1, 1, 1, 0]

@@ -58,7 +58,7 @@ def test_file_of_a_later_transformers_keeps_its_unknown_field(tmp_path):
     [
         ({"register_width": -1}, "-1"),
         ({"register_fill": "noise"}, "noise"),
-        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": 3}, "format_version is 3"),
     ],
 )
 def test_settings_out_of_range(options, named):
