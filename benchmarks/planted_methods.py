@@ -58,6 +58,8 @@ class Row:
     frame: int = 0
 
 
+PH_REG = {"method": "ph_reg", "weight_decay": "0.01", "final_lr_share": "0.05"}
+"""With its own decay of weights and rate, as published."""
 ROWS = {
     "clean tower": Row(None, CLEAN),
     "dirty tower": Row(None),
@@ -65,8 +67,8 @@ ROWS = {
     "unirefiner": Row(),
     "plain": Row({"method": "plain"}),
     "plain, own targets": Row({"method": "plain", "match_to_full_image": "false"}),
-    "ph_reg": Row({"method": "ph_reg"}),
-    "ph_reg without registers": Row({"method": "ph_reg", "register_tokens": "0"}),
+    "ph_reg": Row(PH_REG),
+    "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
     "learnable registers": Row({"register_fill": "learnable"}),
     "no L_uni": Row({"uni_weight": "0"}),
     "no L_spu": Row({"spurious_weight": "0"}),
@@ -76,7 +78,7 @@ ROWS = {
     "paper's attention flow": Row({"ah_form": "paper"}),
     "unirefiner on the clean tower": Row(tower=CLEAN),
     "plain on the clean tower": Row({"method": "plain"}, CLEAN),
-    "ph_reg on the clean tower": Row({"method": "ph_reg"}, CLEAN),
+    "ph_reg on the clean tower": Row(PH_REG, CLEAN),
 }
 """Name -> row; the ablations are of UniRefiner."""
 
