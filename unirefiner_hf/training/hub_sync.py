@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from ..publishing.card import render_unfinished_card
 from ..publishing.hub import check_ours, remote_state, with_retries
+from .trainer import OWN_PARAMETERS
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +37,7 @@ ADAPTER = "adapter"
 ADAPTER_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
-    "register_patch.safetensors",
+    *(f"{name}.safetensors" for name in OWN_PARAMETERS),
 )
 STAGING = ".pushing"
 

@@ -146,3 +146,16 @@ def test_a_token_in_the_recipe_is_written_nowhere(hub, refine, tmp_path):
         for name, content in hub.files(REPO, commit.oid).items():
             for secret in (ALICE, str(tmp_path)):
                 assert secret.encode() not in content, (name, secret)
+
+
+def test_ph_reg_carries_its_register_tokens(hub, refine):
+    options = {"method": "ph_reg", "register_tokens": "4", "teacher_views": "2"}
+    succeed(refine(hub_strategy="every_save", **options).wait())
+    final, *saves, _ = hub.commits(REPO)
+    tokens = "adapter/register_tokens.safetensors"
+    for commit in (final, *saves):
+        files = hub.files(REPO, commit.oid)
+        assert load(files[tokens])["register_tokens"].shape == (4, 32)
+        assert "adapter/adapter_config.json" not in files
+    config = json.loads(hub.files(REPO)["config.json"])
+    assert config["num_register_tokens"] == 4
