@@ -3,9 +3,10 @@
 import json
 import sys
 
-from benchmarks import refine_throughput
+from benchmarks import inference_overhead, refine_throughput
 from benchmarks.shapes import SHAPES
 from tests.conftest import make_tiny_tower
+from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import family_of
 from unirefiner_hf.resources import find_recipe
 
@@ -34,3 +35,18 @@ def test_shapes_are_of_supported_families_and_shipped_recipes():
         family, model = name.split("/")[1].split("-", 1)
         if family in ("dinov2", "siglip2"):
             assert find_recipe(f"{family}/{model}").is_file()
+
+
+def test_the_frame_at_inference(tmp_path, monkeypatch, capsys):
+    model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
+    model.save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--sizes", "32", "--rounds", "1"]
+    words += ["--register_width", "2", "--json", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["inference_overhead", *words])
+    inference_overhead.main()
+    assert "wrapper_time_ratio" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "result.json").read_text())
+    assert result["tokens"] == 1 + 8 * 8
+    assert result["tokens_ratio"] == (1 + 12 * 12) / (1 + 8 * 8)
+    assert result["operations_ratio"] > result["tokens_ratio"]
+    assert result["memory_ratio"] > 1

@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
 from unirefiner_hf import UniRefinerBackbone, UniRefinerModel
@@ -125,3 +126,25 @@ def test_split_over_memory_and_disk(family, kind_of_model, tmp_path):
     for name in ("last_hidden_state", "feature_map", "feature_maps"):
         if name in theirs:
             torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_loads_in_fewer_bits(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tower = make_tiny_tower("unirefiner_eva_clip_vision", hidden_size=64)
+    model = UniRefinerModel.from_tower(tower)
+    model.save_pretrained(tmp_path)
+    small = UniRefinerModel.from_pretrained(
+        tmp_path,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_8bit=bits == 8,
+            load_in_4bit=bits == 4,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    )
+    with torch.no_grad():
+        ours = small(images(6, 5)).last_hidden_state
+        theirs = model(images(6, 5)).last_hidden_state
+    off = (ours - theirs).norm() / theirs.norm()
+    assert 0 < off < (0.05 if bits == 8 else 0.3)
