@@ -40,7 +40,7 @@ class FeatureMap(nn.Module):
 
 
 class _FirstToken(nn.Module):
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         return tokens[:, 0]
 
 

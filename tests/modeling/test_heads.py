@@ -260,3 +260,17 @@ def test_what_a_pyramid_refuses():
         UniRefinerPyramidConfig(refined_config=backbone.config, pyramid_size=0)
     with pytest.raises(ValueError, match="'dinov2'"):
         UniRefinerPyramidConfig(refined_config=tower.config)
+
+
+def test_a_wrapper_that_hooks_the_layers_again_is_noticed(tmp_path):
+    """transformers 5.23 records twice what a BackboneMixin holds; states would shift."""
+    checkpoint("dinov2", tmp_path)
+    refined = UniRefinerBackbone.from_pretrained(tmp_path)
+
+    class Hooked(UniRefinerPyramid):
+        def post_init(self):
+            super(UniRefinerPyramid, self).post_init()
+
+    pyramid = Hooked(UniRefinerPyramidConfig(refined_config=refined.config))
+    with pytest.raises(RuntimeError, match="9 hidden states of 4 layers.*BackboneMixin"):
+        pyramid(images(), output_hidden_states=True)

@@ -402,6 +402,14 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
                 f"{columns} patches, {prefix} prefix tokens and {joined} register tokens; "
                 f"expected {expected}."
             )
+        states = output.get("hidden_states")
+        layers = self.config.vision_config.num_hidden_layers
+        if states is not None and len(states) != layers + 1:
+            raise RuntimeError(
+                f"the tower recorded {len(states)} hidden states of {layers} layers. A "
+                "model of transformers' BackboneMixin round this one hooks the layers a "
+                "second time: hold it in a PreTrainedModel, or see UniRefinerPyramid."
+            )
         return _Pass(output, grid, width, prefix, wanted)
 
     def _wanted_states(self, request: Any) -> tuple[int, ...] | None:
