@@ -109,6 +109,13 @@ def test_lower_precision_is_cast_after_the_merge(tmp_path):
         assert torch.equal(saved[name], value.to(torch.bfloat16)), name
 
 
+def test_every_file_is_readable_by_whom_the_others_are(save_run, tmp_path):
+    _, run, base = save_run("dinov2")
+    folder = merge_run(run, tmp_path / "merged", model=str(base))
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_a_model_without_adapter_can_be_exported(tmp_path):
     model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
     expected = tokens(model)

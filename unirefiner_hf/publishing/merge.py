@@ -130,6 +130,9 @@ def export_refined(
         digests = weight_digests(draft)
         text = render_card(card, pictures, native=native, weights=digests)
         (draft / "README.md").write_text(text, encoding="utf-8")
+        for weights in draft.rglob("*.safetensors"):
+            # safetensors 0.8 writes them for their owner alone.
+            shutil.copymode(draft / "README.md", weights)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
     except (OSError, SafetensorError) as problem:
