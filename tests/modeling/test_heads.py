@@ -272,5 +272,7 @@ def test_a_wrapper_that_hooks_the_layers_again_is_noticed(tmp_path):
             super(UniRefinerPyramid, self).post_init()
 
     pyramid = Hooked(UniRefinerPyramidConfig(refined_config=refined.config))
-    with pytest.raises(RuntimeError, match="9 hidden states of 4 layers.*BackboneMixin"):
+    with pytest.raises(
+        RuntimeError, match="9 hidden states of 4 layers.*BackboneMixin"
+    ):
         pyramid(images(), output_hidden_states=True)
