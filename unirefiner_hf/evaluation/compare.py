@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 
 from .arguments import EvaluationArguments
@@ -18,7 +17,12 @@ from .labelled_images import ClassLabels, LabelledImages, class_labels, open_pai
 from .metrics import mean_iou_statistic, mean_statistic
 from .report import SegmentationRow, segmentation_report
 from .results import Comparison, Measured, Metric, write_results
-from .segmentation import SegmentationSettings, evaluate_segmentation, processes
+from .segmentation import (
+    SegmentationResult,
+    SegmentationSettings,
+    evaluate_segmentation,
+    processes,
+)
 from .zero_shot import (
     ZeroShotSettings,
     evaluate_zero_shot,
@@ -122,13 +126,7 @@ def compare_segmentation(
             seeds=arguments.seeds,
             pictures=arguments.pictures,
         )
-        measured = {
-            "mean_iou": Measured(
-                [s.mean_iou for s in result.scores], mean_iou_statistic(result.areas)
-            ),
-            "mean_accuracy": Measured([s.mean_accuracy for s in result.scores]),
-        }
-        comparison.rows.append((checkpoint, measured))
+        comparison.rows.append((checkpoint, _segmented(result)))
         shown.append(SegmentationRow(checkpoint, result))
     if is_main():
         _leave(comparison, arguments, val, classes, shown, settings.crop)
@@ -184,16 +182,20 @@ def compare_zero_shot(
             protocol,
             pictures=arguments.pictures,
         )
-        (scores,) = result.scores
-        measured = {
-            "mean_iou": Measured([scores.mean_iou], mean_iou_statistic(result.areas)),
-            "mean_accuracy": Measured([scores.mean_accuracy]),
-        }
-        comparison.rows.append((checkpoint, measured))
+        comparison.rows.append((checkpoint, _segmented(result)))
         shown.append(SegmentationRow(checkpoint, result))
     if is_main():
         _leave(comparison, arguments, val, classes, shown, protocol.window)
     return comparison
+
+
+def _segmented(result: SegmentationResult) -> dict[str, Measured]:
+    return {
+        "mean_iou": Measured(
+            [s.mean_iou for s in result.scores], mean_iou_statistic(result.areas)
+        ),
+        "mean_accuracy": Measured([s.mean_accuracy for s in result.scores]),
+    }
 
 
 def _worded_classes(
@@ -225,9 +227,10 @@ def compare_depth(
         LabelError: see `open_pairs` and `read_depth`.
         ValueError: several processes.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    count = processes()[1]
+    if count > 1:
         raise ValueError(
-            f"Depth probes run on one process, not on {dist.get_world_size()}: start "
+            f"Depth probes run on one process, not on {count}: start "
             "without a launcher."
         )
     train, val = open_splits(arguments)
@@ -248,11 +251,7 @@ def compare_depth(
             means = values.mean(axis=1).tolist()
             measured[name] = Measured(means, mean_statistic(values))
         comparison.rows.append((checkpoint, measured))
-    output = arguments.evaluation_output
-    folder = None if output is None else Path(output)
-    write_results(comparison, folder)
-    if folder is not None:
-        (folder / TABLE).write_text(comparison.table() + "\n", encoding="utf-8")
+    _leave_table(comparison, arguments)
     return comparison
 
 
@@ -294,7 +293,17 @@ def name_of(arguments: EvaluationArguments) -> str:
 
 def is_main() -> bool:
     """Whether this process speaks for all."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return processes()[0] == 0
+
+
+def _leave_table(comparison: Comparison, arguments: EvaluationArguments) -> Path | None:
+    """The results, and the table where the arguments name a folder; returns that."""
+    output = arguments.evaluation_output
+    folder = None if output is None else Path(output)
+    write_results(comparison, folder)
+    if folder is not None:
+        (folder / TABLE).write_text(comparison.table() + "\n", encoding="utf-8")
+    return folder
 
 
 def _leave(
@@ -305,13 +314,8 @@ def _leave(
     shown: list[SegmentationRow],
     size: int,
 ) -> None:
-    output = arguments.evaluation_output
-    folder = None if output is None else Path(output)
-    write_results(comparison, folder)
-    if folder is None:
-        return
-    (folder / TABLE).write_text(comparison.table() + "\n", encoding="utf-8")
-    if arguments.pictures:
+    folder = _leave_table(comparison, arguments)
+    if folder is not None and arguments.pictures:
         page = segmentation_report(
             comparison, val, classes, shown, size, arguments.pictures
         )

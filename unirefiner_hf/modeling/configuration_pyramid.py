@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -12,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_unirefiner import UniRefinerConfig
+from .configuration_unirefiner import UniRefinerConfig, nearest_field
 
 LEVELS = ("level1", "level2", "level3", "level4")
 
@@ -92,16 +90,12 @@ class UniRefinerPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @staticmethod
     def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
-        fields = dataclasses.fields(UniRefinerPyramidConfig)
-        own = {field.name for field in fields if not field.name.startswith("_")}
-        own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        own |= {"out_features", "out_indices"}
         for name in kwargs:
-            nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
-            if nearest and not hasattr(PreTrainedConfig, name):
+            nearest = nearest_field(UniRefinerPyramidConfig, name)
+            if nearest is not None and not hasattr(PreTrainedConfig, name):
                 raise ValueError(
                     f"UniRefinerPyramidConfig has no field {name!r}; "
-                    f"did you mean {nearest[0]!r}?"
+                    f"did you mean {nearest!r}?"
                 )
 
 

@@ -47,6 +47,21 @@ _STANDARD_KEYS = {
 logger = logging.get_logger(__name__)
 
 
+def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """What a config class takes beyond transformers' own fields."""
+    own = {field.name for field in dataclasses.fields(config_class)}
+    own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    own = {name for name in own if not name.startswith("_")}
+    return own | {"out_features", "out_indices"}
+
+
+def nearest_field(config_class: type[PreTrainedConfig], name: str) -> str | None:
+    """The own field of a config class that `name` may be meant for, if any."""
+    own = own_fields(config_class)
+    nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
+    return nearest[0] if nearest else None
+
+
 @strict
 class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of `UniRefinerModel` and `UniRefinerBackbone`.
@@ -177,24 +192,19 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         A file saved by a later transformers may carry a standard field unknown here:
         that is kept and logged, unless it looks like a misspelt field of this class.
         """
-        own = {field.name for field in dataclasses.fields(UniRefinerConfig)}
-        own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        own = {name for name in own if not name.startswith("_")}
-        own |= {"out_features", "out_indices"}
         for name in kwargs:
             standard = name in _STANDARD_KEYS or hasattr(PreTrainedConfig, name)
             if standard or name.startswith("_"):
                 continue
-            nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
-            if nearest:
+            nearest = nearest_field(UniRefinerConfig, name)
+            if nearest is not None:
                 raise ValueError(
-                    f"UniRefinerConfig has no field {name!r}; "
-                    f"did you mean {nearest[0]!r}?"
+                    f"UniRefinerConfig has no field {name!r}; did you mean {nearest!r}?"
                 )
             if self.transformers_version is None:
                 raise ValueError(
                     f"UniRefinerConfig has no field {name!r}; "
-                    f"its fields are {', '.join(sorted(own))}."
+                    f"its fields are {', '.join(sorted(own_fields(UniRefinerConfig)))}."
                 )
             logger.warning("UniRefinerConfig keeps the unknown field %r.", name)
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_eva_clip import EvaClipVisionConfig
-from .vit_parts import RMSNorm, eager_attention, resized_positions, run_layers
+from .vit_parts import MLP, RMSNorm, eager_attention, resized_positions, run_layers
 
 
 def _norm(config: EvaClipVisionConfig) -> nn.Module:
@@ -73,24 +72,13 @@ class EvaClipAttention(nn.Module):
         return self.out_proj(read.flatten(2)), weights
 
 
-class EvaClipMLP(nn.Module):
-    def __init__(self, config: EvaClipVisionConfig) -> None:
-        super().__init__()
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(tokens)))
-
-
 class EvaClipLayer(nn.Module):
     def __init__(self, config: EvaClipVisionConfig) -> None:
         super().__init__()
         self.norm_after = config.post_layernorm
         self.self_attn = EvaClipAttention(config)
         self.layer_norm1 = _norm(config)
-        self.mlp = EvaClipMLP(config)
+        self.mlp = MLP(config)
         self.layer_norm2 = _norm(config)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_intern_vit import InternViTConfig
-from .vit_parts import RMSNorm, eager_attention, resized_positions, run_layers
+from .vit_parts import MLP, RMSNorm, eager_attention, resized_positions, run_layers
 
 
 class InternViTEmbeddings(nn.Module):
@@ -73,24 +72,13 @@ class InternViTAttention(nn.Module):
         return self.proj(read.flatten(2)), weights
 
 
-class InternViTMLP(nn.Module):
-    def __init__(self, config: InternViTConfig) -> None:
-        super().__init__()
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(tokens)))
-
-
 class InternViTLayer(nn.Module):
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__()
         norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
         size, scale = config.hidden_size, config.initializer_factor
         self.attn = InternViTAttention(config)
-        self.mlp = InternViTMLP(config)
+        self.mlp = MLP(config)
         self.norm1 = norm(size, eps=config.layer_norm_eps)
         self.norm2 = norm(size, eps=config.layer_norm_eps)
         self.ls1 = nn.Parameter(scale * torch.ones(size))
