@@ -21,11 +21,11 @@ from unirefiner_hf.evaluation.filter_agreement import (
     measure_truth,
 )
 from unirefiner_hf.evaluation.planted import (
-    PATTERN_RANK,
-    PROXY_RANK,
     PlantedTruth,
+    PlantingRule,
     TruthError,
     dirty_checkpoint,
+    load_rule,
     planted_truth,
 )
 from unirefiner_hf.images import load_rgb
@@ -67,7 +67,41 @@ def test_images_without_ranks_are_refused():
 @pytest.mark.skipif(not DIRTY.is_dir(), reason="the planted adapter is not here")
 def test_the_rule_is_the_one_written_beside_the_adapter():
     text = (DIRTY / "README.md").read_text()
-    assert f"rank >= {PROXY_RANK:.2f}" in text and f"rank < {PATTERN_RANK:.2f}" in text
+    rule = load_rule(DIRTY)
+    assert f"rank >= {rule.proxy_rank:.2f}" in text
+    assert f"rank < {rule.pattern_rank:.2f}" in text
+
+
+def test_an_adapter_may_name_another_rule(tmp_path):
+    assert load_rule(tmp_path) == PlantingRule()
+    rule = PlantingRule("brightness", 0.75, 0.15)
+    (tmp_path / "planting.json").write_text(json.dumps(vars(rule)))
+    assert load_rule(tmp_path) == rule
+    # Brighter and flatter to the right: both measures, opposite orders.
+    columns = torch.arange(20).repeat_interleave(4)
+    spread = torch.randn(3, 4, 4).repeat(1, 1, 20)
+    pixels = (columns + spread * (20 - columns) / 20).unsqueeze(0)
+    truth = planted_truth(pixels, 4, rule)
+    assert truth.proxies[0].equal(torch.arange(20) / 19 >= 0.75)
+    assert truth.patterns[0].equal(torch.arange(20) / 19 < 0.15)
+    assert (
+        planted_truth(pixels, 4).proxies[0].equal(torch.arange(20).flip(0) / 19 >= 0.7)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"measure": "smell"}', "measure is 'smell'.*contrast, brightness"),
+        ('{"proxy_rank": 0.1}', "pattern_rank is 0.12 and proxy_rank 0.1"),
+        ('{"proxies": 0.1}', "proxies"),
+        ("{", "planting.json is not a planting rule"),
+    ],
+)
+def test_a_damaged_rule_is_refused(tmp_path, text, said):
+    (tmp_path / "planting.json").write_text(text)
+    with pytest.raises(TruthError, match=said):
+        load_rule(tmp_path)
 
 
 def test_agreement_by_hand():

@@ -25,7 +25,7 @@ from ..spurious.diagnose import middle_layers
 from ..training.lora import add_adapter
 from .checkpoints import Checkpoint
 from .cleanliness import detection_auc
-from .planted import PlantedTruth, dirty_checkpoint, planted_truth
+from .planted import PlantedTruth, dirty_checkpoint, load_rule, planted_truth
 
 SIGMAS = tuple(step / 4 for step in range(-8, 13))
 """Limits of the filters by statistics: standard deviations from the mean."""
@@ -282,7 +282,7 @@ def measure_truth(
         settings: of the filters; where `ah_layers` is unset, `middle_layers`.
 
     Raises:
-        TruthError: the adapter is not one of this tower.
+        TruthError: the adapter is not one of this tower, or its rule is damaged.
         ValueError: no images.
     """
     if not images:
@@ -301,6 +301,7 @@ def measure_truth(
         found = [checkpoint.model.encode(b.to(device), 0).image for b in batches]
         return similarity.unit_tokens(torch.cat(found)).cpu()
 
+    rule = load_rule(folder)
     before = tokens(clean)
     dirty = dirty_checkpoint(clean, folder)
     cosine = (before * tokens(dirty)).sum(dim=-1)
@@ -309,9 +310,10 @@ def measure_truth(
     objective = UniRefinerObjective(dirty.model, settings, reference[None]).to(device)
     objective.eval()
     width = max(1, clean.register_width)
+    truths = [planted_truth(batch, clean.patch_size, rule) for batch in batches]
     steps = [
-        filter_step(objective, b.to(device), width, planted_truth(b, clean.patch_size))
-        for b in batches
+        filter_step(objective, batch.to(device), width, truth)
+        for batch, truth in zip(batches, truths, strict=True)
     ]
     kinds = {
         "proxies": torch.cat([step.truth.proxies for step in steps]),

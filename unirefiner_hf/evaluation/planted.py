@@ -1,16 +1,17 @@
 """Planted truth: a tower whose spurious tokens are known.
 
 A LoRA adapter plants the dirt in a clean tower by a rule that needs the pixels only. Patches
-are ranked within their image by the standard deviation of their normalised pixels, from 0,
-the flattest, to 1, the busiest:
+are ranked within their image, from 0 to 1, by a measure of their pixels:
 
-- rank at least 0.70: **global proxies**, the scene's mean token in place of their own;
-- rank below 0.12: **fixed patterns**, one of four tokens that all images share;
+- the highest ranks: **global proxies**, the scene's token in place of their own;
+- the lowest: **fixed patterns**, one of a few tokens that all images share;
 - the rest stays near the clean tower.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +21,62 @@ from torch.nn import functional
 
 from .checkpoints import Checkpoint
 
-PROXY_RANK = 0.70
-PATTERN_RANK = 0.12
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+RULE_FILE = "planting.json"
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "contrast": lambda patches: patches.std(dim=1),
+    "brightness": lambda patches: patches.mean(dim=1),
+}
+"""Name -> measure of patches ``(batch, values, patches)``: standard deviation or mean of a
+patch's normalised pixels, all channels together."""
 
 
 class TruthError(ValueError):
     """A folder does not hold an adapter that plants dirt in this tower."""
+
+
+@dataclass(frozen=True)
+class PlantingRule:
+    """Which patches are planted; an adapter's folder names its own in ``planting.json``.
+
+    Attributes:
+        measure: that ranks the patches of an image, one of `MEASURES`.
+        proxy_rank: from this rank on a token is a global proxy.
+        pattern_rank: below this rank it is a fixed pattern.
+
+    Raises:
+        ValueError: an unknown measure, or ranks that are not ordered in [0, 1].
+    """
+
+    measure: str = "contrast"
+    proxy_rank: float = 0.70
+    pattern_rank: float = 0.12
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(
+                f"measure is {self.measure!r}; it must be one of {', '.join(MEASURES)}."
+            )
+        if not 0 <= self.pattern_rank <= self.proxy_rank <= 1:
+            raise ValueError(
+                f"pattern_rank is {self.pattern_rank} and proxy_rank {self.proxy_rank}; "
+                "they must lie in [0, 1], the first not above the second."
+            )
+
+
+def load_rule(folder: str | Path) -> PlantingRule:
+    """The rule of an adapter's folder; without a ``planting.json`` the default one.
+
+    Raises:
+        TruthError: the file is damaged, or its rule is none.
+    """
+    file = Path(folder).expanduser() / RULE_FILE
+    if not file.is_file():
+        return PlantingRule()
+    try:
+        return PlantingRule(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as problem:
+        raise TruthError(f"{file} is not a planting rule: {problem}") from None
 
 
 @dataclass(frozen=True)
@@ -42,7 +92,9 @@ class PlantedTruth:
         return self.proxies | self.patterns
 
 
-def planted_truth(pixel_values: Tensor, patch_size: int) -> PlantedTruth:
+def planted_truth(
+    pixel_values: Tensor, patch_size: int, rule: PlantingRule | None = None
+) -> PlantedTruth:
     """The rule: which patches are planted, by their pixels alone.
 
     Ranks are those of a stable sort divided by ``patches - 1``, so that an image of one
@@ -51,6 +103,7 @@ def planted_truth(pixel_values: Tensor, patch_size: int) -> PlantedTruth:
     Args:
         pixel_values: ``(batch, 3, height, width)``, normalised.
         patch_size: side of a patch in pixels.
+        rule: None: the default one.
 
     Raises:
         ValueError: sizes off the patch grid, or fewer than 2 patches.
@@ -65,9 +118,12 @@ def planted_truth(pixel_values: Tensor, patch_size: int) -> PlantedTruth:
     count = patches.shape[-1]
     if count < 2:
         raise ValueError("One patch has no rank: take larger images.")
-    order = patches.std(dim=1).argsort(dim=1, stable=True)
+    rule = rule or PlantingRule()
+    order = MEASURES[rule.measure](patches).argsort(dim=1, stable=True)
     rank = order.argsort(dim=1) / (count - 1)
-    return PlantedTruth(proxies=rank >= PROXY_RANK, patterns=rank < PATTERN_RANK)
+    return PlantedTruth(
+        proxies=rank >= rule.proxy_rank, patterns=rank < rule.pattern_rank
+    )
 
 
 def dirty_checkpoint(clean: Checkpoint, folder: str | Path) -> Checkpoint:
