@@ -307,7 +307,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _write(file: Path, content: Any) -> None:
-    draft = file.with_suffix(".tmp")
+    draft = file.with_suffix(f".{os.getpid()}")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(draft, file)
 

@@ -76,6 +76,7 @@ class PlainObjective(UniRefinerObjective):
         return TeacherViews(
             image=self._unit(full.image),
             crop=self._unit(crop),
+            source=self._unit(crop),
             strip=self._unit(strip),
             flow=[(queries, keys) for queries, keys in flow],
         )

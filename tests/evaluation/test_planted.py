@@ -168,7 +168,7 @@ def test_what_is_told_is_what_training_rejects(planter, monkeypatch):
     monkeypatch.setattr(similarity, "draw_most_similar", lambda tokens, *_: tokens)
     torch.manual_seed(0)
     with torch.no_grad():
-        target = objective.targets(teacher.crop, teacher.image)
+        target = objective.targets(teacher.source, teacher.image)
         reference = objective.reference_views(24, 24)[1]
         _, _, shares = objective._filter(teacher, target, registers, reference)
     for name in filters.NAMES:

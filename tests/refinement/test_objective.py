@@ -204,6 +204,27 @@ def test_own_crop_tokens_can_be_the_targets(objective):
     assert not torch.allclose(*outs)
 
 
+def test_targets_of_the_crop_alone_never_saw_the_strip(objective):
+    """Only the source of the targets changes: the strip and all filters' tokens stay."""
+    crops = images(batch=6)
+    composite = objective().teacher_views(images(), crops, "left")
+    assert composite.source is composite.crop
+    step = objective(target_view="crop")
+    alone = step.teacher_views(images(), crops, "left")
+    for name in ("image", "crop", "strip"):
+        assert getattr(alone, name).equal(getattr(composite, name)), name
+    expected = torch.nn.functional.normalize(step.teacher_tokens(crops), dim=-1)
+    torch.testing.assert_close(alone.source, expected)
+    assert not torch.allclose(alone.source, alone.crop, atol=1e-3)
+
+    losses = []
+    for view in ("composite", "crop"):
+        step = objective(target_view=view, match_to_full_image=False)
+        torch.manual_seed(2)
+        losses.append(step(images())["loss_regu"])
+    assert not torch.allclose(*losses)
+
+
 def test_with_no_clean_token_all_count(objective):
     step = objective(fpgp_cosine=-1.0)
     out = step(images(), progress=0.0)
@@ -223,7 +244,13 @@ def test_layers_the_tower_lacks_are_refused(objective):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_crops": 0}, {"crop_area_max": 0.1}, {"scd_start": 2}]
+    "wrong",
+    [
+        {"num_crops": 0},
+        {"crop_area_max": 0.1},
+        {"scd_start": 2},
+        {"target_view": "strip"},
+    ],
 )
 def test_settings_out_of_range_name_the_field(wrong):
     (name,) = wrong

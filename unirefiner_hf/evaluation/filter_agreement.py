@@ -181,7 +181,7 @@ def filter_step(
         found = detectors.draw_detectors(registers, objective.settings.detector_share)
     return Step(
         scores=filters.fpgp_scores(teacher.crop, reference, teacher.strip),
-        target=objective.targets(teacher.crop, teacher.image),
+        target=objective.targets(teacher.source, teacher.image),
         found=found,
         flow=teacher.flow,
         num_heads=objective.num_heads,

@@ -29,12 +29,15 @@ class TeacherViews:
         image: ``(batch, patches, channels)``, tokens of the full images (Y).
         crop: ``(batch * crops, patches, channels)``, crop part of the composites (F).
         strip: ``(batch * crops, strip patches, channels)``, their reference part (K).
+        source: ``(batch * crops, patches, channels)``, what targets are made of: `crop`, or
+            the tokens of the crops without a strip (`settings.target_view`).
         flow: queries and keys of the crop part for each attention-flow layer.
     """
 
     image: Tensor
     crop: Tensor
     strip: Tensor
+    source: Tensor
     flow: list[tuple[Tensor, Tensor]]
 
 
@@ -168,14 +171,19 @@ class UniRefinerObjective(nn.Module):
             tokens, flow = self._encode_with_flow(images, layers)
             crop, strip = composites.split_strip(tokens, grid, side, ratio)
             image = self._encode(pixel_values, 0)
+            alone = None
+            if self.settings.target_view == "crop":
+                alone = self._unit(self._encode(crops, 0))
 
         def foreground(projection: Tensor) -> Tensor:
             return composites.split_strip(projection, grid, side, ratio)[0]
 
+        crop = self._unit(crop)
         return TeacherViews(
             image=self._unit(image),
-            crop=self._unit(crop),
+            crop=crop,
             strip=self._unit(strip),
+            source=crop if alone is None else alone,
             flow=[(foreground(q), foreground(k)) for q, k in flow],
         )
 
@@ -240,8 +248,8 @@ class UniRefinerObjective(nn.Module):
         full = teacher.image.repeat_interleave(crops, dim=0)
         crop_registers = registers.repeat_interleave(crops, dim=0)
 
-        target = self.targets(teacher.crop, full)
-        negatives = full if settings.match_to_full_image else teacher.crop
+        target = self.targets(teacher.source, full)
+        negatives = full if settings.match_to_full_image else teacher.source
         size = (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size)
         with torch.no_grad():
             clean, candidates, rejected = self._filter(
@@ -279,16 +287,16 @@ class UniRefinerObjective(nn.Module):
         detached = {name: term.detach() for name, term in terms.items()}
         return {"loss": loss, **detached, "theta": theta, **rejected}
 
-    def targets(self, crop: Tensor, full: Tensor) -> Tensor:
-        """What crop tokens are pulled to: their nearest tokens of the full image.
+    def targets(self, source: Tensor, full: Tensor) -> Tensor:
+        """What crop tokens are pulled to: the nearest tokens of the full image, or `source`.
 
         Args:
-            crop: ``(batch * crops, patches, channels)``, L2-normalised.
+            source: ``(batch * crops, patches, channels)``, L2-normalised, see `TeacherViews`.
             full: ``(batch * crops, patches, channels)``, of the images.
         """
         if self.settings.match_to_full_image:
-            return similarity.nearest_tokens(crop, full)
-        return crop
+            return similarity.nearest_tokens(source, full)
+        return source
 
     def _filter(
         self,

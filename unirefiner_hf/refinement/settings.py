@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ..spurious.settings import FilterSettings, require
 from .ph_reg_settings import PHRegSettings
 
+TARGET_VIEWS = ("composite", "crop")
 METHODS = ("unirefiner", "ph_reg", "plain")
 
 
@@ -61,6 +62,15 @@ class UniRefinerSettings(FilterSettings, PHRegSettings):
         metadata={
             "help": "Targets are the nearest tokens of the full image. False: the "
             "crop's own teacher tokens (published for EVA-CLIP-8B)."
+        },
+    )
+    target_view: str = field(
+        default="composite",
+        metadata={
+            "help": "'composite': targets come of the teacher's tokens of crop and strip, in "
+            "which the strip has a say, as published. 'crop': of the crop alone, one more "
+            "pass of the teacher; the composite is left to the filters.",
+            "choices": list(TARGET_VIEWS),
         },
     )
     absorption_top: float = field(
@@ -119,6 +129,8 @@ class UniRefinerSettings(FilterSettings, PHRegSettings):
         PHRegSettings.__post_init__(self)
         methods = " or ".join(map(repr, METHODS))
         require(self, "method", self.method in METHODS, methods)
+        views = " or ".join(map(repr, TARGET_VIEWS))
+        require(self, "target_view", self.target_view in TARGET_VIEWS, views)
         require(self, "num_crops", self.num_crops >= 1, "at least 1")
         require(self, "crop_area_min", 0 < self.crop_area_min <= 1, "in (0, 1]")
         require(
