@@ -137,6 +137,21 @@ class Bench:
                 )
         _write(file, plan.record())
 
+    @classmethod
+    def opened(cls, folder: Path, model: str) -> Bench:
+        """The bench of a folder as it was planned.
+
+        Args:
+            model: the clean tower, of which the plan keeps the name only.
+
+        Raises:
+            FileNotFoundError: there is no ``plan.json``.
+            ValueError: the model is another.
+        """
+        record = json.loads((folder / "plan.json").read_text())
+        record = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(folder, Plan(**{**record, "model": model}))
+
     @property
     def scenes(self) -> Path:
         """The data set, built if it is not there."""
@@ -171,8 +186,11 @@ class Bench:
 
     def cell(self, name: str, seed: int) -> Path:
         """File of a finished cell."""
-        words = "".join(c if c.isalnum() else "-" for c in name)
-        return self.folder / "cells" / f"{words}.{seed}.json"
+        return self.folder / "cells" / f"{_file_name(name, seed)}.json"
+
+    def run(self, name: str, seed: int) -> Path:
+        """Folder of its training."""
+        return self.folder / "runs" / _file_name(name, seed)
 
     def finish(self, name: str, seed: int, keep_runs: bool = False) -> dict[str, Any]:
         """Train and measure one cell, or read what is there.
@@ -184,7 +202,7 @@ class Bench:
         if file.is_file():
             return json.loads(file.read_text())
         started = time.monotonic()
-        source, run = self.tower(row.tower), self.folder / "runs" / file.stem
+        source, run = self.tower(row.tower), self.run(name, seed)
         if row.options is not None:
             self._train(source, run, row.options, seed)
             source = str(run)
@@ -304,6 +322,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['row']} | {seeds} | {row['mean_iou']:.2f}{spread} | {won} |"
         )
     return "\n".join(lines)
+
+
+def _file_name(name: str, seed: int) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name) + f".{seed}"
 
 
 def _write(file: Path, content: Any) -> None:

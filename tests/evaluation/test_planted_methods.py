@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from PIL import Image
 
-from benchmarks import planted_methods
+from benchmarks import planted_methods, planted_pictures
 from benchmarks.planted_methods import ROWS, Bench, Plan, summary, table
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.refinement.settings import METHODS
@@ -53,6 +54,29 @@ def test_cells_are_kept_and_the_table_tells_them(command, planter, capsys, monke
     with pytest.raises(SystemExit):
         planted_methods.main([*words, "--learning_rate", "1e-3"])
     assert "holds cells with learning_rate 0.0001" in capsys.readouterr().err
+
+
+def test_kept_runs_are_drawn_beside_the_clean_and_the_dirty_tower(
+    command, tower_folder, capsys
+):
+    output, words = command
+    picture = output / "methods.png"
+    draw = ["--bench", str(output), "--output", str(picture), "--images", "0"]
+    draw += ["--model", str(tower_folder)]
+    planted_methods.main([*words, "--only", "dirty tower"])
+    with pytest.raises(SystemExit):
+        planted_pictures.main(draw)
+    assert "--keep_runs" in capsys.readouterr().err
+    planted_methods.main([*words, "--only", "plain", "--keep_runs"])
+    bench = Bench.opened(output, str(tower_folder))
+    columns = planted_pictures.towers(bench)
+    assert list(columns) == ["clean tower", "dirty tower", "plain"]
+    planted_pictures.main(draw)
+    with Image.open(picture) as drawn:
+        assert drawn.width > 3 * drawn.height
+    with pytest.raises(SystemExit):
+        planted_pictures.main([*draw, "--model", "starter"])
+    assert "plan has" in capsys.readouterr().err
 
 
 def test_a_failed_training_ends_the_bench(command, capsys):
