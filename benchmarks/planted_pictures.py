@@ -19,7 +19,7 @@ from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.images import list_images, load_rgb, preprocess
 from unirefiner_hf.visualize import fit_pca, pca_rgb
 
-from .planted_methods import CLEAN, DIRTY, ROWS, Bench, Plan
+from .planted_methods import CLEAN, DIRTY, ROWS, Bench
 
 TOWERS = (CLEAN, DIRTY)
 
