@@ -60,12 +60,20 @@ class Row:
 
 PH_REG = {"method": "ph_reg", "weight_decay": "0.01", "final_lr_share": "0.05"}
 """With its own decay of weights and rate, as published."""
+CROP_TARGETS = {"match_to_full_image": "false", "negatives": "image"}
+"""Crop tokens are pulled to the teacher's at the same place of the crop, away from the image's."""
 ROWS = {
     "clean tower": Row(None, CLEAN),
     "dirty tower": Row(None),
     "dirty tower in the frame": Row(None, frame=1),
     "unirefiner": Row(),
+    "unirefiner, crop targets": Row({"target_view": "crop", **CROP_TARGETS}),
+    "unirefiner, crop targets, no L_scd": Row(
+        {"target_view": "crop", **CROP_TARGETS, "scd_weight": "0"}
+    ),
+    "unirefiner, composite targets": Row(CROP_TARGETS),
     "plain": Row({"method": "plain"}),
+    "plain, crop targets": Row({"method": "plain", **CROP_TARGETS}),
     "plain, own targets": Row({"method": "plain", "match_to_full_image": "false"}),
     "ph_reg": Row(PH_REG),
     "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
@@ -76,7 +84,11 @@ ROWS = {
     "no FP-GP": Row({"fpgp_filter": "false"}),
     "no detectors": Row({"detector_filter": "false"}),
     "paper's attention flow": Row({"ah_form": "paper"}),
+    "no L_scd": Row({"scd_weight": "0"}),
     "unirefiner on the clean tower": Row(tower=CLEAN),
+    "unirefiner, crop targets, on the clean tower": Row(
+        {"target_view": "crop", **CROP_TARGETS}, CLEAN
+    ),
     "plain on the clean tower": Row({"method": "plain"}, CLEAN),
     "ph_reg on the clean tower": Row(PH_REG, CLEAN),
 }

@@ -5,7 +5,9 @@ import torch
 
 from tests.conftest import FAMILIES, make_tiny_tower
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.refinement import losses
 from unirefiner_hf.refinement.objective import FILTERS, LOSS_TERMS, UniRefinerObjective
+from unirefiner_hf.refinement.plain_distillation import PlainDistillation
 from unirefiner_hf.refinement.settings import UniRefinerSettings
 
 
@@ -225,6 +227,33 @@ def test_targets_of_the_crop_alone_never_saw_the_strip(objective):
     assert not torch.allclose(*losses)
 
 
+@pytest.mark.parametrize("method", ["unirefiner", "plain"])
+@pytest.mark.parametrize("match", [True, False])
+def test_negatives_are_of_the_image_or_of_the_crop(
+    objective, monkeypatch, match, method
+):
+    """Unset they go with the targets; set they leave the targets as they are."""
+    seen, refinement_loss = [], losses.refinement_loss
+
+    def recorded(crop, target, negatives, *rest, **named):
+        seen.append((target, negatives))
+        return refinement_loss(crop, target, negatives, *rest, **named)
+
+    monkeypatch.setattr(losses, "refinement_loss", recorded)
+    for negatives in (None, "image", "crop"):
+        step = objective(match_to_full_image=match, negatives=negatives)
+        if method == "plain":
+            step = PlainDistillation(step.model, step.settings, step.reference)
+        torch.manual_seed(2)
+        step(images())
+    targets, (unset, image, crop) = zip(*seen, strict=True)
+    assert targets[0].equal(targets[1]) and targets[0].equal(targets[2])
+    assert unset.equal(image if match else crop)
+    full = step.teacher_views(images(), images(batch=6), "left").image
+    assert image.equal(full.repeat_interleave(3, dim=0))
+    assert not crop.equal(image)
+
+
 def test_with_no_clean_token_all_count(objective):
     step = objective(fpgp_cosine=-1.0)
     out = step(images(), progress=0.0)
@@ -250,6 +279,7 @@ def test_layers_the_tower_lacks_are_refused(objective):
         {"crop_area_max": 0.1},
         {"scd_start": 2},
         {"target_view": "strip"},
+        {"negatives": "strip"},
     ],
 )
 def test_settings_out_of_range_name_the_field(wrong):

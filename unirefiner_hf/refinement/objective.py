@@ -249,7 +249,7 @@ class UniRefinerObjective(nn.Module):
         crop_registers = registers.repeat_interleave(crops, dim=0)
 
         target = self.targets(teacher.source, full)
-        negatives = full if settings.match_to_full_image else teacher.source
+        negatives = full if settings.negatives_of_image else teacher.source
         size = (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size)
         with torch.no_grad():
             clean, candidates, rejected = self._filter(

@@ -69,10 +69,11 @@ class PlainDistillation(UniRefinerObjective):
     ) -> dict[str, Tensor]:
         settings = self.settings
         crop = functional.normalize(views.crop_tokens(image, grid, boxes), dim=-1)
-        target, negatives = teacher, teacher
+        full = full.repeat_interleave(boxes.shape[1], dim=0)
+        negatives = full if settings.negatives_of_image else teacher
+        target = teacher
         if settings.match_to_full_image:
-            negatives = full.repeat_interleave(boxes.shape[1], dim=0)
-            target = similarity.nearest_tokens(teacher, negatives)
+            target = similarity.nearest_tokens(teacher, full)
         clean = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
         theta = losses.unrelated_similarity(target, clean)
         loss = losses.refinement_loss(

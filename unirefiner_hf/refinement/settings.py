@@ -8,6 +8,7 @@ from ..spurious.settings import FilterSettings, require
 from .ph_reg_settings import PHRegSettings
 
 TARGET_VIEWS = ("composite", "crop")
+NEGATIVES = ("image", "crop")
 METHODS = ("unirefiner", "ph_reg", "plain")
 
 
@@ -73,6 +74,15 @@ class UniRefinerSettings(FilterSettings, PHRegSettings):
             "choices": list(TARGET_VIEWS),
         },
     )
+    negatives: str | None = field(
+        default=None,
+        metadata={
+            "help": "What L_regu pushes crop tokens away from: the teacher's tokens of the "
+            "'image' or of the 'crop'. Unset: as published, the image's where targets are "
+            "matched to it, else the crop's.",
+            "choices": list(NEGATIVES),
+        },
+    )
     absorption_top: float = field(
         default=0.4,
         metadata={
@@ -131,6 +141,12 @@ class UniRefinerSettings(FilterSettings, PHRegSettings):
         require(self, "method", self.method in METHODS, methods)
         views = " or ".join(map(repr, TARGET_VIEWS))
         require(self, "target_view", self.target_view in TARGET_VIEWS, views)
+        require(
+            self,
+            "negatives",
+            self.negatives in (None, *NEGATIVES),
+            " or ".join(map(repr, NEGATIVES)) + ", or unset",
+        )
         require(self, "num_crops", self.num_crops >= 1, "at least 1")
         require(self, "crop_area_min", 0 < self.crop_area_min <= 1, "in (0, 1]")
         require(
@@ -150,3 +166,10 @@ class UniRefinerSettings(FilterSettings, PHRegSettings):
             self.no_grad_batch is None or self.no_grad_batch >= 1,
             "at least 1, or unset",
         )
+
+    @property
+    def negatives_of_image(self) -> bool:
+        """Whether negatives are the image's tokens; else they are the crop's."""
+        if self.negatives is None:
+            return self.match_to_full_image
+        return self.negatives == "image"
