@@ -60,39 +60,49 @@ class Row:
 
 PH_REG = {"method": "ph_reg", "weight_decay": "0.01", "final_lr_share": "0.05"}
 """With its own decay of weights and rate, as published."""
-CROP_TARGETS = {"match_to_full_image": "false", "negatives": "image"}
-"""Crop tokens are pulled to the teacher's at the same place of the crop, away from the image's."""
+OWN_TARGETS = {"match_to_full_image": "false", "negatives": "image"}
+"""Crop tokens are pulled to the teacher's at their own place, away from the image's."""
+CROP_TARGETS = {"target_view": "crop", **OWN_TARGETS}
+"""The same of the teacher's tokens without the strip."""
+RECOMMENDED = {**CROP_TARGETS, "scd_weight": "0"}
+PUBLISHED_RATE = {"learning_rate": "1e-4"}
+ABLATIONS = {
+    "learnable registers": {"register_fill": "learnable"},
+    "no L_uni": {"uni_weight": "0"},
+    "no L_spu": {"spurious_weight": "0"},
+    "no AH": {"ah_layers": "null"},
+    "no FP-GP": {"fpgp_filter": "false"},
+    "no detectors": {"detector_filter": "false"},
+    "paper's attention flow": {"ah_form": "paper"},
+}
 ROWS = {
     "clean tower": Row(None, CLEAN),
     "dirty tower": Row(None),
     "dirty tower in the frame": Row(None, frame=1),
     "unirefiner": Row(),
-    "unirefiner, crop targets": Row({"target_view": "crop", **CROP_TARGETS}),
-    "unirefiner, crop targets, no L_scd": Row(
-        {"target_view": "crop", **CROP_TARGETS, "scd_weight": "0"}
-    ),
-    "unirefiner, composite targets": Row(CROP_TARGETS),
+    "crop targets": Row(RECOMMENDED),
+    "crop targets, with L_scd": Row(CROP_TARGETS),
+    "composite targets, no L_scd": Row({**OWN_TARGETS, "scd_weight": "0"}),
     "plain": Row({"method": "plain"}),
-    "plain, crop targets": Row({"method": "plain", **CROP_TARGETS}),
-    "plain, own targets": Row({"method": "plain", "match_to_full_image": "false"}),
+    "plain, crop targets": Row({"method": "plain", **OWN_TARGETS}),
+    "plain, crop targets, no L_scd": Row(
+        {"method": "plain", **OWN_TARGETS, "scd_weight": "0"}
+    ),
     "ph_reg": Row(PH_REG),
     "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
-    "learnable registers": Row({"register_fill": "learnable"}),
-    "no L_uni": Row({"uni_weight": "0"}),
-    "no L_spu": Row({"spurious_weight": "0"}),
-    "no AH": Row({"ah_layers": "null"}),
-    "no FP-GP": Row({"fpgp_filter": "false"}),
-    "no detectors": Row({"detector_filter": "false"}),
-    "paper's attention flow": Row({"ah_form": "paper"}),
-    "no L_scd": Row({"scd_weight": "0"}),
+    "unirefiner at 1e-4": Row(PUBLISHED_RATE),
+    "ph_reg at 1e-4": Row({**PH_REG, **PUBLISHED_RATE}),
+    **{name: Row(option) for name, option in ABLATIONS.items()},
+    **{
+        f"crop targets, {name}": Row({**RECOMMENDED, **option})
+        for name, option in ABLATIONS.items()
+    },
     "unirefiner on the clean tower": Row(tower=CLEAN),
-    "unirefiner, crop targets, on the clean tower": Row(
-        {"target_view": "crop", **CROP_TARGETS}, CLEAN
-    ),
+    "crop targets on the clean tower": Row(RECOMMENDED, CLEAN),
     "plain on the clean tower": Row({"method": "plain"}, CLEAN),
     "ph_reg on the clean tower": Row(PH_REG, CLEAN),
 }
-"""Name -> row; the ablations are of UniRefiner."""
+"""Name -> row; the ablations are of UniRefiner and of its crop targets."""
 
 
 @dataclass(frozen=True)

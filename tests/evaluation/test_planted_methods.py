@@ -6,7 +6,15 @@ import pytest
 from PIL import Image
 
 from benchmarks import planted_methods, planted_pictures
-from benchmarks.planted_methods import ROWS, Bench, Plan, summary, table
+from benchmarks.planted_methods import (
+    ABLATIONS,
+    RECOMMENDED,
+    ROWS,
+    Bench,
+    Plan,
+    summary,
+    table,
+)
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.refinement.settings import METHODS
 from unirefiner_hf.training.arguments import ModelArguments, RefineTrainingArguments
@@ -128,8 +136,8 @@ def test_every_option_of_every_row_is_one_of_refine(tmp_path):
 
 
 def test_rows_differ_from_the_method_by_one_option():
-    options = [row.options for row in ROWS.values() if row.options]
-    ablations = [o for o in options if "method" not in o and "negatives" not in o]
-    assert len(ablations) == 8
-    assert all(len(ablation) == 1 for ablation in ablations)
+    for name, option in ABLATIONS.items():
+        assert len(option) == 1
+        assert ROWS[name].options == option
+        assert ROWS[f"crop targets, {name}"].options == {**RECOMMENDED, **option}
     assert Plan("m", "p").record()["ah_layers"] == [5, 6]
