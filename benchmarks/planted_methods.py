@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.stampscenes.build import APT, build
 from transformers import AutoImageProcessor
 
+from examples.stampscenes.build import APT, build
 from unirefiner_hf.cli import main as unirefiner
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint

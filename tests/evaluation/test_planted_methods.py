@@ -1,5 +1,6 @@
 """The bench of methods on a planted tower: its cells, its table, and going on."""
 
+import dataclasses
 import json
 
 import pytest
@@ -17,8 +18,9 @@ from benchmarks.planted_methods import (
 )
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.refinement.settings import METHODS
+from unirefiner_hf.resources import find_recipe
 from unirefiner_hf.training.arguments import ModelArguments, RefineTrainingArguments
-from unirefiner_hf.training.recipe import build_arguments
+from unirefiner_hf.training.recipe import build_arguments, load_recipe
 
 WORDS = ["--steps", "1", "--size", "24", "--batch", "2", "--probes", "2"]
 WORDS += ["--probe_steps", "2", "--ah_layers", "0", "1", "--seeds", "1"]
@@ -141,3 +143,17 @@ def test_rows_differ_from_the_method_by_one_option():
         assert ROWS[name].options == option
         assert ROWS[f"crop targets, {name}"].options == {**RECOMMENDED, **option}
     assert Plan("m", "p").record()["ah_layers"] == [5, 6]
+
+
+def test_the_recipe_is_what_was_measured():
+    from unirefiner_hf.cli.refine import DATACLASSES
+
+    path = find_recipe("dinov2/small_crop_targets")
+    fields = load_recipe(path, {"data": ["x"]}, DATACLASSES)
+    model, _, method, training = build_arguments(fields, DATACLASSES)
+    row = {**ROWS["crop targets"].options, "model": "x", "data": "x", "output_dir": "x"}
+    measured = build_arguments({k: [v] for k, v in row.items()}, DATACLASSES)[2]
+    assert method == dataclasses.replace(measured, ah_layers=[5, 6])
+    assert (training.max_steps, training.learning_rate) == (75, 1e-3)
+    assert model.image_size == Plan("m", "p").size
+    assert training.per_device_train_batch_size == Plan("m", "p").batch

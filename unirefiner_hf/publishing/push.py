@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..modeling.text_side import TEXT
 from .hub import (
     HubError,
     RemoteState,
@@ -30,7 +31,6 @@ from .hub import (
     remote_state,
     with_retries,
 )
-from ..modeling.text_side import TEXT
 from .merge import SHARD_SIZE
 from .reload_check import ReloadReport, check_reload, encode, example_pixels
 from .run_folder import export_run, load_refined, read_run

@@ -34,9 +34,9 @@ from ..modeling.towers import (
     load_tower,
     tower_config,
 )
-from ..starter import LICENSE, NAME, starter_tower
 from ..refinement.settings import UniRefinerSettings
 from ..refinement.unlocked import UnlockedTower, unlocked_names
+from ..starter import LICENSE, NAME, starter_tower
 from .arguments import ModelArguments
 from .float8 import use_float8
 from .lora import add_adapter
