@@ -145,7 +145,7 @@ def plant(options: argparse.Namespace) -> dict[str, float]:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in cosines.items())
             print(f"step {step}: cosine to the target: {shown}", file=sys.stderr)
     options.output.mkdir(parents=True, exist_ok=True)
-    tower.peft_config["default"].base_model_name_or_path = checkpoint.name
+    tower.peft_config["default"].base_model_name_or_path = Path(options.model).name
     tower.save_pretrained(options.output)
     (options.output / "README.md").unlink(missing_ok=True)
     text = json.dumps(vars(rule), indent=2) + "\n"
