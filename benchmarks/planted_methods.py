@@ -82,7 +82,9 @@ ROWS = {
     "unirefiner": Row(),
     "crop targets": Row(RECOMMENDED),
     "crop targets, with L_scd": Row(CROP_TARGETS),
+    "crop targets, crop's negatives": Row({**RECOMMENDED, "negatives": "crop"}),
     "composite targets, no L_scd": Row({**OWN_TARGETS, "scd_weight": "0"}),
+    "matched targets, no L_scd": Row({"scd_weight": "0"}),
     "plain": Row({"method": "plain"}),
     "plain, crop targets": Row({"method": "plain", **OWN_TARGETS}),
     "plain, crop targets, no L_scd": Row(
