@@ -101,6 +101,9 @@ ROWS = {
     },
     "unirefiner on the clean tower": Row(tower=CLEAN),
     "crop targets on the clean tower": Row(RECOMMENDED, CLEAN),
+    "plain, crop targets, no L_scd, on the clean tower": Row(
+        {"method": "plain", **OWN_TARGETS, "scd_weight": "0"}, CLEAN
+    ),
     "plain on the clean tower": Row({"method": "plain"}, CLEAN),
     "ph_reg on the clean tower": Row(PH_REG, CLEAN),
 }
