@@ -3,7 +3,7 @@
     python -m benchmarks.planted_pictures --bench planted --output methods.png
 
 A row an image of the bench's val split, a column a tower: the clean one, the dirty one, then
-every run of the first seed that was kept. All maps of a row share the clean tower's components,
+every run of the first seed that was kept (``--only`` takes some). All maps of a row share the clean tower's components,
 so the same colour means the same direction of features.
 """
 
@@ -24,17 +24,23 @@ from .planted_methods import CLEAN, DIRTY, ROWS, Bench
 TOWERS = (CLEAN, DIRTY)
 
 
-def towers(bench: Bench) -> dict[str, Checkpoint]:
+def towers(bench: Bench, only: list[str] | None = None) -> dict[str, Checkpoint]:
     """Title -> tower, in the order of the columns.
+
+    Args:
+        only: rows of the bench; None: all whose run was kept.
 
     Raises:
         FileNotFoundError: the bench kept no runs.
     """
     kept = {row: bench.run(row, 0) for row in ROWS if bench.run(row, 0).is_dir()}
-    if not kept:
+    missing = [row for row in only or () if row not in kept]
+    if missing or not kept:
+        what = f"no model of {missing[0]!r}" if missing else "no trained models"
         raise FileNotFoundError(
-            f"{bench.folder} holds no trained models: run the bench with --keep_runs."
+            f"{bench.folder} holds {what}: run the bench with --keep_runs."
         )
+    kept = {row: kept[row] for row in only or kept}
     found = {f"{kind} tower": load_checkpoint(bench.tower(kind)) for kind in TOWERS}
     return found | {row: load_checkpoint(str(run)) for row, run in kept.items()}
 
@@ -68,13 +74,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bench", type=Path, required=True, metavar="DIR")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--model", default="starter", help="the bench's clean tower")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), metavar="ROW")
     parser.add_argument("--images", type=int, nargs="+", default=[0, 1, 2, 3])
     options = parser.parse_args(argv)
     try:
         bench = Bench.opened(options.bench, options.model)
         paths = list_images(str(bench.scenes / "val" / "images"))
         chosen = [paths[number] for number in options.images]
-        drawn = figure(towers(bench), chosen, bench.plan.size)
+        drawn = figure(towers(bench, options.only), chosen, bench.plan.size)
         drawn.savefig(options.output, dpi=110)
     except (OSError, ValueError, IndexError) as problem:
         parser.error(str(problem))

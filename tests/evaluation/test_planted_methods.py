@@ -85,6 +85,9 @@ def test_kept_runs_are_drawn_beside_the_clean_and_the_dirty_tower(
     with Image.open(picture) as drawn:
         assert drawn.width > 3 * drawn.height
     with pytest.raises(SystemExit):
+        planted_pictures.main([*draw, "--only", "plain", "ph_reg"])
+    assert "no model of 'ph_reg'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         planted_pictures.main([*draw, "--model", "starter"])
     assert "plan has" in capsys.readouterr().err
 
