@@ -3,8 +3,8 @@
     python -m benchmarks.planted_pictures --bench planted --output methods.png
 
 A row an image of the bench's val split, a column a tower: the clean one, the dirty one, then
-every run of the first seed that was kept (``--only`` takes some). All maps of a row share the clean tower's components,
-so the same colour means the same direction of features.
+every run of the first seed that was kept (``--only`` takes some). All maps of a row share the
+clean tower's components, so the same colour means the same direction of features.
 """
 
 from __future__ import annotations
