@@ -58,14 +58,19 @@ class Row:
     frame: int = 0
 
 
-PH_REG = {"method": "ph_reg", "weight_decay": "0.01", "final_lr_share": "0.05"}
-"""With its own decay of weights and rate, as published."""
+PUBLISHED_RATE = {"learning_rate": "1e-4"}
+PH_REG = {
+    "method": "ph_reg",
+    "weight_decay": "0.01",
+    "final_lr_share": "0.05",
+    **PUBLISHED_RATE,
+}
+"""With its own rate and decays, as published: it trains embeddings, not an adapter."""
 OWN_TARGETS = {"match_to_full_image": "false", "negatives": "image"}
 """Crop tokens are pulled to the teacher's at their own place, away from the image's."""
 CROP_TARGETS = {"target_view": "crop", **OWN_TARGETS}
 """The same of the teacher's tokens without the strip."""
 RECOMMENDED = {**CROP_TARGETS, "scd_weight": "0"}
-PUBLISHED_RATE = {"learning_rate": "1e-4"}
 ABLATIONS = {
     "learnable registers": {"register_fill": "learnable"},
     "no L_uni": {"uni_weight": "0"},
@@ -93,7 +98,8 @@ ROWS = {
     "ph_reg": Row(PH_REG),
     "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
     "unirefiner at 1e-4": Row(PUBLISHED_RATE),
-    "ph_reg at 1e-4": Row({**PH_REG, **PUBLISHED_RATE}),
+    "crop targets at 1e-4": Row({**RECOMMENDED, **PUBLISHED_RATE}),
+    "ph_reg at 1e-3": Row({**PH_REG, "learning_rate": "1e-3"}),
     **{name: Row(option) for name, option in ABLATIONS.items()},
     **{
         f"crop targets, {name}": Row({**RECOMMENDED, **option})
