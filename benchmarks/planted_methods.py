@@ -133,9 +133,9 @@ class Plan:
     val: int = 160
     size: int = 224
     scene_seed: int = 0
-    steps: int = 150
+    steps: int = 75
     batch: int = 4
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
     ah_layers: tuple[int, int] = (5, 6)
     register_factor: int = 32
     probes: int = 3

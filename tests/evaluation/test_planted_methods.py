@@ -62,8 +62,8 @@ def test_cells_are_kept_and_the_table_tells_them(command, planter, capsys, monke
     told = json.loads((output / "table.json").read_text())
     assert told["plan"]["planter"] == "planter" and told["plan"]["steps"] == 1
     with pytest.raises(SystemExit):
-        planted_methods.main([*words, "--learning_rate", "1e-3"])
-    assert "holds cells with learning_rate 0.0001" in capsys.readouterr().err
+        planted_methods.main([*words, "--learning_rate", "2e-3"])
+    assert "holds cells with learning_rate 0.001" in capsys.readouterr().err
 
 
 def test_kept_runs_are_drawn_beside_the_clean_and_the_dirty_tower(
@@ -157,6 +157,8 @@ def test_the_recipe_is_what_was_measured():
     row = {**ROWS["crop targets"].options, "model": "x", "data": "x", "output_dir": "x"}
     measured = build_arguments({k: [v] for k, v in row.items()}, DATACLASSES)[2]
     assert method == dataclasses.replace(measured, ah_layers=[5, 6])
-    assert (training.max_steps, training.learning_rate) == (75, 1e-3)
-    assert model.image_size == Plan("m", "p").size
-    assert training.per_device_train_batch_size == Plan("m", "p").batch
+    plan = Plan("m", "p")
+    assert training.max_steps == plan.steps
+    assert training.learning_rate == plan.learning_rate
+    assert model.image_size == plan.size
+    assert training.per_device_train_batch_size == plan.batch
