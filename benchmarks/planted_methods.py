@@ -70,7 +70,16 @@ OWN_TARGETS = {"match_to_full_image": "false", "negatives": "image"}
 """Crop tokens are pulled to the teacher's at their own place, away from the image's."""
 CROP_TARGETS = {"target_view": "crop", **OWN_TARGETS}
 """The same of the teacher's tokens without the strip."""
-RECOMMENDED = {**CROP_TARGETS, "scd_weight": "0"}
+CONSTANT_RATE = {**CROP_TARGETS, "scd_weight": "0"}
+RECOMMENDED = {**CONSTANT_RATE, "lr_scheduler_type": "linear"}
+"""The recipe ``dinov2/small_crop_targets``; the published schedule is constant."""
+CONTROL = {
+    "method": "plain",
+    **OWN_TARGETS,
+    "scd_weight": "0",
+    "lr_scheduler_type": "linear",
+}
+"""The same views, targets, negatives and schedule without frame and filters."""
 ABLATIONS = {
     "learnable registers": {"register_fill": "learnable"},
     "no L_uni": {"uni_weight": "0"},
@@ -86,14 +95,14 @@ ROWS = {
     "dirty tower in the frame": Row(None, frame=1),
     "unirefiner": Row(),
     "crop targets": Row(RECOMMENDED),
-    "crop targets, with L_scd": Row(CROP_TARGETS),
+    "crop targets, constant rate": Row(CONSTANT_RATE),
+    "crop targets, with L_scd": Row({**RECOMMENDED, "scd_weight": "0.4"}),
     "crop targets, crop's negatives": Row({**RECOMMENDED, "negatives": "crop"}),
-    "composite targets, no L_scd": Row({**OWN_TARGETS, "scd_weight": "0"}),
-    "matched targets, no L_scd": Row({"scd_weight": "0"}),
+    "crop targets, of composites": Row({**RECOMMENDED, "target_view": "composite"}),
     "plain": Row({"method": "plain"}),
-    "plain, crop targets": Row({"method": "plain", **OWN_TARGETS}),
-    "plain, crop targets, no L_scd": Row(
-        {"method": "plain", **OWN_TARGETS, "scd_weight": "0"}
+    "plain, crop targets": Row(CONTROL),
+    "plain, crop targets, constant rate": Row(
+        {**CONTROL, "lr_scheduler_type": "constant"}
     ),
     "ph_reg": Row(PH_REG),
     "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
@@ -107,9 +116,7 @@ ROWS = {
     },
     "unirefiner on the clean tower": Row(tower=CLEAN),
     "crop targets on the clean tower": Row(RECOMMENDED, CLEAN),
-    "plain, crop targets, no L_scd, on the clean tower": Row(
-        {"method": "plain", **OWN_TARGETS, "scd_weight": "0"}, CLEAN
-    ),
+    "plain, crop targets, on the clean tower": Row(CONTROL, CLEAN),
     "plain on the clean tower": Row({"method": "plain"}, CLEAN),
     "ph_reg on the clean tower": Row(PH_REG, CLEAN),
 }

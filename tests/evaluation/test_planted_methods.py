@@ -155,8 +155,9 @@ def test_the_recipe_is_what_was_measured():
     fields = load_recipe(path, {"data": ["x"]}, DATACLASSES)
     model, _, method, training = build_arguments(fields, DATACLASSES)
     row = {**ROWS["crop targets"].options, "model": "x", "data": "x", "output_dir": "x"}
-    measured = build_arguments({k: [v] for k, v in row.items()}, DATACLASSES)[2]
-    assert method == dataclasses.replace(measured, ah_layers=[5, 6])
+    built = build_arguments({k: [v] for k, v in row.items()}, DATACLASSES)
+    assert method == dataclasses.replace(built[2], ah_layers=[5, 6])
+    assert training.lr_scheduler_type == built[3].lr_scheduler_type == "linear"
     plan = Plan("m", "p")
     assert training.max_steps == plan.steps
     assert training.learning_rate == plan.learning_rate
