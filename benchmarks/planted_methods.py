@@ -71,13 +71,14 @@ OWN_TARGETS = {"match_to_full_image": "false", "negatives": "image"}
 CROP_TARGETS = {"target_view": "crop", **OWN_TARGETS}
 """The same of the teacher's tokens without the strip."""
 CONSTANT_RATE = {**CROP_TARGETS, "scd_weight": "0"}
-RECOMMENDED = {**CONSTANT_RATE, "lr_scheduler_type": "linear"}
+FALLING_RATE = {"lr_scheduler_type": "linear"}
+RECOMMENDED = {**CONSTANT_RATE, **FALLING_RATE}
 """The recipe ``dinov2/small_crop_targets``; the published schedule is constant."""
 CONTROL = {
     "method": "plain",
     **OWN_TARGETS,
     "scd_weight": "0",
-    "lr_scheduler_type": "linear",
+    **FALLING_RATE,
 }
 """The same views, targets, negatives and schedule without frame and filters."""
 ABLATIONS = {
@@ -94,12 +95,14 @@ ROWS = {
     "dirty tower": Row(None),
     "dirty tower in the frame": Row(None, frame=1),
     "unirefiner": Row(),
+    "unirefiner, falling rate": Row(FALLING_RATE),
     "crop targets": Row(RECOMMENDED),
     "crop targets, constant rate": Row(CONSTANT_RATE),
     "crop targets, with L_scd": Row({**RECOMMENDED, "scd_weight": "0.4"}),
     "crop targets, crop's negatives": Row({**RECOMMENDED, "negatives": "crop"}),
     "crop targets, of composites": Row({**RECOMMENDED, "target_view": "composite"}),
     "plain": Row({"method": "plain"}),
+    "plain, falling rate": Row({"method": "plain", **FALLING_RATE}),
     "plain, crop targets": Row(CONTROL),
     "plain, crop targets, constant rate": Row(
         {**CONTROL, "lr_scheduler_type": "constant"}
