@@ -73,10 +73,11 @@ class PlainObjective(UniRefinerObjective):
             for layer, pair in composite.queries_keys.items()
             if layer in self.settings.flow_layers
         ]
+        crop = self._unit(crop)
         return TeacherViews(
             image=self._unit(full.image),
-            crop=self._unit(crop),
-            source=self._unit(crop),
+            crop=crop,
+            source=crop,
             strip=self._unit(strip),
             flow=[(queries, keys) for queries, keys in flow],
         )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..spurious import similarity
 from . import losses, views
 from .objective import UniRefinerObjective
 
@@ -71,9 +70,7 @@ class PlainDistillation(UniRefinerObjective):
         crop = functional.normalize(views.crop_tokens(image, grid, boxes), dim=-1)
         full = full.repeat_interleave(boxes.shape[1], dim=0)
         negatives = full if settings.negatives_of_image else teacher
-        target = teacher
-        if settings.match_to_full_image:
-            target = similarity.nearest_tokens(teacher, full)
+        target = self.targets(teacher, full)
         clean = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
         theta = losses.unrelated_similarity(target, clean)
         loss = losses.refinement_loss(
