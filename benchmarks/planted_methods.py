@@ -3,8 +3,9 @@
     python -m benchmarks.planted_methods --output planted --planter ADAPTER --packages DIR
 
 Builds StampScenes, merges the adapter that plants the dirt into the tower, trains every method
-and ablation on the dirty tower with the same unlabelled images, steps, batch and learning rate,
-and measures all by linear probes on cached tokens. Every finished cell (a method and a training
+and ablation on the dirty tower with the same unlabelled images, steps, batch and learning rate
+(rows that say otherwise, and PH-Reg, have their own), and measures all by linear probes on
+cached tokens. Every finished cell (a method and a training
 seed) is a file of its own in ``cells/``: run again, and only what is missing is computed. The
 table is written anew after each.
 
@@ -58,29 +59,26 @@ class Row:
     frame: int = 0
 
 
-PUBLISHED_RATE = {"learning_rate": "1e-4"}
+CONSTANT_RATE = {"lr_scheduler_type": "constant"}
+PUBLISHED_RATE = {"learning_rate": "1e-4", **CONSTANT_RATE}
 PH_REG = {
     "method": "ph_reg",
+    "learning_rate": "1e-4",
     "weight_decay": "0.01",
     "final_lr_share": "0.05",
-    **PUBLISHED_RATE,
 }
 """With its own rate and decays, as published: it trains embeddings, not an adapter."""
-OWN_TARGETS = {"match_to_full_image": "false", "negatives": "image"}
+OWN_TARGETS = {
+    "match_to_full_image": "false",
+    "negatives": "image",
+    "scd_weight": "0",
+}
 """Crop tokens are pulled to the teacher's at their own place, away from the image's."""
 CROP_TARGETS = {"target_view": "crop", **OWN_TARGETS}
-"""The same of the teacher's tokens without the strip."""
-CONSTANT_RATE = {**CROP_TARGETS, "scd_weight": "0"}
-FALLING_RATE = {"lr_scheduler_type": "linear"}
-RECOMMENDED = {**CONSTANT_RATE, **FALLING_RATE}
-"""The recipe ``dinov2/small_crop_targets``; the published schedule is constant."""
-CONTROL = {
-    "method": "plain",
-    **OWN_TARGETS,
-    "scd_weight": "0",
-    **FALLING_RATE,
-}
-"""The same views, targets, negatives and schedule without frame and filters."""
+"""The same of the teacher's tokens without the strip: the recipe of that name."""
+PLAIN = {"method": "plain"}
+CONTROL = {**PLAIN, **OWN_TARGETS}
+"""The same views, targets and negatives without frame and filters."""
 ABLATIONS = {
     "learnable registers": {"register_fill": "learnable"},
     "no L_uni": {"uni_weight": "0"},
@@ -95,32 +93,31 @@ ROWS = {
     "dirty tower": Row(None),
     "dirty tower in the frame": Row(None, frame=1),
     "unirefiner": Row(),
-    "unirefiner, falling rate": Row(FALLING_RATE),
-    "crop targets": Row(RECOMMENDED),
-    "crop targets, constant rate": Row(CONSTANT_RATE),
-    "crop targets, with L_scd": Row({**RECOMMENDED, "scd_weight": "0.4"}),
-    "crop targets, crop's negatives": Row({**RECOMMENDED, "negatives": "crop"}),
-    "crop targets, of composites": Row({**RECOMMENDED, "target_view": "composite"}),
-    "plain": Row({"method": "plain"}),
-    "plain, falling rate": Row({"method": "plain", **FALLING_RATE}),
+    "unirefiner, constant rate": Row(CONSTANT_RATE),
+    "unirefiner, published rate": Row(PUBLISHED_RATE),
+    "crop targets": Row(CROP_TARGETS),
+    "crop targets, constant rate": Row({**CROP_TARGETS, **CONSTANT_RATE}),
+    "crop targets, published rate": Row({**CROP_TARGETS, **PUBLISHED_RATE}),
+    "crop targets, with L_scd": Row({**CROP_TARGETS, "scd_weight": "0.4"}),
+    "crop targets, crop's negatives": Row({**CROP_TARGETS, "negatives": "crop"}),
+    "crop targets, of composites": Row({**CROP_TARGETS, "target_view": "composite"}),
+    "plain": Row(PLAIN),
+    "plain, constant rate": Row({**PLAIN, **CONSTANT_RATE}),
     "plain, crop targets": Row(CONTROL),
-    "plain, crop targets, constant rate": Row(
-        {**CONTROL, "lr_scheduler_type": "constant"}
-    ),
+    "plain, crop targets, constant rate": Row({**CONTROL, **CONSTANT_RATE}),
     "ph_reg": Row(PH_REG),
     "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
-    "unirefiner at 1e-4": Row(PUBLISHED_RATE),
-    "crop targets at 1e-4": Row({**RECOMMENDED, **PUBLISHED_RATE}),
+    "ph_reg at 3e-4": Row({**PH_REG, "learning_rate": "3e-4"}),
     "ph_reg at 1e-3": Row({**PH_REG, "learning_rate": "1e-3"}),
     **{name: Row(option) for name, option in ABLATIONS.items()},
     **{
-        f"crop targets, {name}": Row({**RECOMMENDED, **option})
+        f"crop targets, {name}": Row({**CROP_TARGETS, **option})
         for name, option in ABLATIONS.items()
     },
     "unirefiner on the clean tower": Row(tower=CLEAN),
-    "crop targets on the clean tower": Row(RECOMMENDED, CLEAN),
+    "crop targets on the clean tower": Row(CROP_TARGETS, CLEAN),
     "plain, crop targets, on the clean tower": Row(CONTROL, CLEAN),
-    "plain on the clean tower": Row({"method": "plain"}, CLEAN),
+    "plain on the clean tower": Row(PLAIN, CLEAN),
     "ph_reg on the clean tower": Row(PH_REG, CLEAN),
 }
 """Name -> row; the ablations are of UniRefiner and of its crop targets."""
@@ -133,6 +130,7 @@ class Plan:
     Attributes:
         planter: folder of the adapter, as of `dirty_checkpoint`.
         scenes: unlabelled, the probe's training scenes; `val` of them are measured on.
+        schedule: of the learning rate; the published one is constant.
         ah_layers: first and last layer of the attention flow.
         common: further options of every `unirefiner refine`.
     """
@@ -146,6 +144,7 @@ class Plan:
     steps: int = 75
     batch: int = 4
     learning_rate: float = 1e-3
+    schedule: str = "linear"
     ah_layers: tuple[int, int] = (5, 6)
     register_factor: int = 32
     probes: int = 3
@@ -283,6 +282,7 @@ class Bench:
             "max_steps": [str(plan.steps)],
             "per_device_train_batch_size": [str(plan.batch)],
             "learning_rate": [str(plan.learning_rate)],
+            "lr_scheduler_type": [plan.schedule],
             "scale_learning_rate": ["false"],
             "seed": [str(seed)],
             "report_images": ["0"],
@@ -406,6 +406,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
     parser.add_argument("--scene_seed", type=int, default=0, metavar="N")
     parser.add_argument("--learning_rate", type=float, default=plan.learning_rate)
+    parser.add_argument(
+        "--schedule", default=plan.schedule, help="of the learning rate: %(default)s"
+    )
     parser.add_argument("--ah_layers", type=int, nargs=2, default=plan.ah_layers)
     parser.add_argument(
         "--common",

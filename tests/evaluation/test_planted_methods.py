@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks import planted_methods, planted_pictures
 from benchmarks.planted_methods import (
     ABLATIONS,
-    RECOMMENDED,
+    CROP_TARGETS,
     ROWS,
     Bench,
     Plan,
@@ -144,7 +144,7 @@ def test_rows_differ_from_the_method_by_one_option():
     for name, option in ABLATIONS.items():
         assert len(option) == 1
         assert ROWS[name].options == option
-        assert ROWS[f"crop targets, {name}"].options == {**RECOMMENDED, **option}
+        assert ROWS[f"crop targets, {name}"].options == {**CROP_TARGETS, **option}
     assert Plan("m", "p").record()["ah_layers"] == [5, 6]
 
 
@@ -157,8 +157,8 @@ def test_the_recipe_is_what_was_measured():
     row = {**ROWS["crop targets"].options, "model": "x", "data": "x", "output_dir": "x"}
     built = build_arguments({k: [v] for k, v in row.items()}, DATACLASSES)
     assert method == dataclasses.replace(built[2], ah_layers=[5, 6])
-    assert training.lr_scheduler_type == built[3].lr_scheduler_type == "linear"
     plan = Plan("m", "p")
+    assert training.lr_scheduler_type == plan.schedule
     assert training.max_steps == plan.steps
     assert training.learning_rate == plan.learning_rate
     assert model.image_size == plan.size
