@@ -2,11 +2,9 @@
 
     python -m benchmarks.reference_image --adapter PLANTED
 
-PLANTED is a LoRA adapter that plants spurious tokens into the starter tower by a rule on the
-pixels: the busiest 30 % of the patches become global proxies, the flattest 12 % fixed patterns
-(rank by the standard deviation of a patch's normalised pixels). Every candidate is tried as
-reference for the other photographs, 224 px; printed is the F1 of the two FP-GP passes against
-the rule.
+PLANTED is the folder of a LoRA adapter that plants spurious tokens into the starter tower, with
+its rule (`benchmarks.plant_tokens` trains one). Every candidate is tried as reference for the
+other photographs, 224 px; printed is the F1 of the two FP-GP passes against the rule.
 """
 
 from __future__ import annotations
@@ -15,18 +13,21 @@ import argparse
 import statistics
 
 import torch
-from peft import PeftModel
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from unirefiner_hf.evaluation.checkpoints import load_checkpoint
+from unirefiner_hf.evaluation.planted import (
+    dirty_checkpoint,
+    load_rule,
+    planted_truth,
+)
 from unirefiner_hf.images import default_reference, preprocess
-from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import load_tower
 from unirefiner_hf.spurious.diagnose import diagnose
 from unirefiner_hf.starter import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    starter_tower,
+    NAME,
     whole_photographs,
 )
 
@@ -51,14 +52,6 @@ def noise(scales: tuple[int, ...]) -> Tensor:
     return total / total.std()
 
 
-def planted(pixels: Tensor) -> Tensor:
-    """Where the rule plants a spurious token, ``(patches,)`` bool."""
-    patches = pixels[0].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
-    spread = patches.permute(1, 2, 0, 3, 4).flatten(2).std(dim=-1).flatten()
-    rank = spread.argsort().argsort() / (spread.numel() - 1)
-    return (rank >= 0.70) | (rank < 0.12)
-
-
 def f1(found: Tensor, truth: Tensor) -> float:
     return (2 * (found & truth).sum() / (found.sum() + truth.sum())).item()
 
@@ -71,9 +64,8 @@ def main() -> None:
         "--adapter", required=True, help="folder of the planted adapter"
     )
     adapter = parser.parse_args().adapter
-    tower = load_tower(str(starter_tower()))
-    tower = PeftModel.from_pretrained(tower, adapter).merge_and_unload().eval()
-    model = UniRefinerModel.from_tower(tower, register_width=0)
+    rule = load_rule(adapter)
+    model = dirty_checkpoint(load_checkpoint(NAME), adapter).model
     photographs = {name: pixels_of(p) for name, p in whole_photographs().items()}
     candidates = {
         "default_reference": pixels_of(default_reference()),
@@ -84,7 +76,10 @@ def main() -> None:
     }
     for name, reference in candidates.items():
         scores = [
-            f1(diagnose(model, pixels, reference).fpgp[0], planted(pixels))
+            f1(
+                diagnose(model, pixels, reference).fpgp,
+                planted_truth(pixels, PATCH, rule).spurious,
+            )
             for other, pixels in photographs.items()
             if other != name
         ]
