@@ -51,7 +51,7 @@ class Row:
     Attributes:
         options: of `unirefiner refine`; None for a tower that is measured as it is.
         tower: that is trained or measured.
-        frame: in patches, of a tower as it is.
+        frame: in patches, put round the images of a tower that is measured without one.
     """
 
     options: dict[str, str] | None = field(default_factory=dict)
@@ -88,8 +88,14 @@ ABLATIONS = {
     "no detectors": {"detector_filter": "false"},
     "paper's attention flow": {"ah_form": "paper"},
 }
+NO_FILTERS = {
+    name: value
+    for ablation in ("no AH", "no FP-GP", "no detectors")
+    for name, value in ABLATIONS[ablation].items()
+}
 ROWS = {
     "clean tower": Row(None, CLEAN),
+    "clean tower in the frame": Row(None, CLEAN, frame=1),
     "dirty tower": Row(None),
     "dirty tower in the frame": Row(None, frame=1),
     "unirefiner": Row(),
@@ -101,9 +107,11 @@ ROWS = {
     "crop targets, with L_scd": Row({**CROP_TARGETS, "scd_weight": "0.4"}),
     "crop targets, crop's negatives": Row({**CROP_TARGETS, "negatives": "crop"}),
     "crop targets, of composites": Row({**CROP_TARGETS, "target_view": "composite"}),
+    "crop targets, no filters": Row({**CROP_TARGETS, **NO_FILTERS}),
     "plain": Row(PLAIN),
     "plain, constant rate": Row({**PLAIN, **CONSTANT_RATE}),
     "plain, crop targets": Row(CONTROL),
+    "plain, crop targets, in the frame": Row(CONTROL, frame=1),
     "plain, crop targets, constant rate": Row({**CONTROL, **CONSTANT_RATE}),
     "ph_reg": Row(PH_REG),
     "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
