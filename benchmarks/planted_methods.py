@@ -66,8 +66,9 @@ PH_REG = {
     "learning_rate": "1e-4",
     "weight_decay": "0.01",
     "final_lr_share": "0.05",
+    "max_grad_norm": "0",
 }
-"""With its own rate and decays, as published: it trains embeddings, not an adapter."""
+"""With its own rate and decays and unclipped, as published: it trains embeddings, not an adapter."""
 OWN_TARGETS = {
     "match_to_full_image": "false",
     "negatives": "image",
