@@ -16,6 +16,7 @@ the training seeds, each the mean of its probes; of towers that were not trained
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -34,7 +35,11 @@ from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.evaluation.compare import open_splits
 from unirefiner_hf.evaluation.labelled_images import class_labels
-from unirefiner_hf.evaluation.planted import dirty_checkpoint
+from unirefiner_hf.evaluation.planted import (
+    ADAPTER_WEIGHTS,
+    dirty_checkpoint,
+    load_rule,
+)
 from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
     evaluate_segmentation,
@@ -42,6 +47,8 @@ from unirefiner_hf.evaluation.segmentation import (
 from unirefiner_hf.starter import NAME, starter_tower
 
 CLEAN, DIRTY = "clean", "dirty"
+COUNTS = ("seeds", "scenes", "val", "size", "steps", "batch", "probes", "probe_steps")
+"""Options that are 1 or more; all but the first are the plan's."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,16 @@ class Row:
     Attributes:
         options: of `unirefiner refine`; None for a tower that is measured as it is.
         tower: that is trained or measured.
-        frame: in patches, put round the images of a tower that is measured without one.
+        frame: in patches, put round the images where the tower has none of its own.
     """
 
     options: dict[str, str] | None = field(default_factory=dict)
     tower: str = DIRTY
     frame: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
 
 
 CONSTANT_RATE = {"lr_scheduler_type": "constant"}
@@ -68,7 +79,7 @@ PH_REG = {
     "final_lr_share": "0.05",
     "max_grad_norm": "0",
 }
-"""With its own rate and decays and unclipped, as published: it trains embeddings, not an adapter."""
+"""Rate, decays and no clipping as published: it trains embeddings, not an adapter."""
 OWN_TARGETS = {
     "match_to_full_image": "false",
     "negatives": "image",
@@ -142,6 +153,7 @@ class Plan:
         schedule: of the learning rate; the published one is constant.
         ah_layers: first and last layer of the attention flow.
         common: further options of every `unirefiner refine`.
+        planter_sha256: of the adapter and its rule, see `planter_digest`.
     """
 
     model: str
@@ -159,6 +171,7 @@ class Plan:
     probes: int = 3
     probe_steps: int = 500
     common: tuple[str, ...] = ()
+    planter_sha256: str = ""
 
     def record(self) -> dict[str, Any]:
         """For JSON; folders by their last part."""
@@ -248,14 +261,25 @@ class Bench:
 
         Raises:
             RuntimeError: the training failed; it said why.
+            ValueError: what is there was made of other options.
         """
-        file, row = self.cell(name, seed), ROWS[name]
+        file, row, run = self.cell(name, seed), ROWS[name], self.run(name, seed)
+        start = run.with_name(f"{run.name}.json")
+        for found in filter(Path.is_file, (file, start)):
+            made_of = json.loads(found.read_text()).get("made_of")
+            if made_of != row.record():
+                raise ValueError(
+                    f"{found} was made of {made_of}, row {name!r} is now {row.record()}: "
+                    f"delete the file and {run}."
+                )
         if file.is_file():
             return json.loads(file.read_text())
         started = time.monotonic()
-        source, run = self.tower(row.tower), self.run(name, seed)
+        source = self.tower(row.tower)
         if row.options is not None:
-            self._train(source, run, row.options, seed)
+            start.parent.mkdir(exist_ok=True)
+            _write(start, {"made_of": row.record()})
+            self._train(name, seed)
             source = str(run)
         trained = time.monotonic()
         checkpoint = load_checkpoint(source, name=name)
@@ -264,6 +288,7 @@ class Bench:
         cell = {
             "row": name,
             "seed": seed,
+            "made_of": row.record(),
             "mean_iou": self._measure(checkpoint),
             "frame": checkpoint.register_width,
             "training_seconds": round(trained - started, 1),
@@ -273,16 +298,16 @@ class Bench:
         _write(file, cell)
         if not keep_runs:
             shutil.rmtree(run, ignore_errors=True)
+            start.unlink(missing_ok=True)
         return cell
 
-    def _train(
-        self, source: str, run: Path, options: dict[str, str], seed: int
-    ) -> None:
-        plan = self.plan
+    def options(self, name: str, seed: int) -> dict[str, list[str]]:
+        """What `unirefiner refine` is given for a cell, `Plan.common` aside."""
+        plan, row, run = self.plan, ROWS[name], self.run(name, seed)
         first, last = map(str, plan.ah_layers)
         # A row's own value takes the place of a common one.
-        words = {
-            "model": [source],
+        return {
+            "model": [self.tower(row.tower)],
             "data": [str(self.scenes / "train" / "images")],
             "output_dir": [str(run)],
             "image_size": [str(plan.size)],
@@ -296,14 +321,22 @@ class Bench:
             "seed": [str(seed)],
             "report_images": ["0"],
             "save_total_limit": ["1"],
-            **{name: [value] for name, value in options.items()},
+            **{option: [value] for option, value in (row.options or {}).items()},
         }
-        command = ["refine", "--resume", *plan.common]
-        for name, values in words.items():
-            command += [f"--{name}", *values]
+
+    def _train(self, name: str, seed: int) -> None:
+        given = self.options(name, seed)
+        common = [word[2:] for word in self.plan.common[::2]]
+        if taken := [option for option in common if option in given]:
+            raise ValueError(
+                f"{taken[0]} is the bench's own; it cannot be among the common options."
+            )
+        command = ["refine", "--resume", *self.plan.common]
+        for option, values in given.items():
+            command += [f"--{option}", *values]
         print(f"$ unirefiner {' '.join(command)}", file=sys.stderr, flush=True)
         if unirefiner(command):
-            raise RuntimeError(f"{run.name} failed; see above.")
+            raise RuntimeError(f"{self.run(name, seed).name} failed; see above.")
 
     def _measure(self, checkpoint: Checkpoint) -> list[float]:
         """mIoU in percent, one a probe."""
@@ -319,10 +352,16 @@ class Bench:
         return [100 * score.mean_iou for score in result.scores]
 
     def cells(self) -> dict[str, list[dict[str, Any]]]:
-        """Row -> its finished cells, in the order of `ROWS`."""
+        """Row -> its finished cells, in the order of `ROWS`.
+
+        Raises:
+            ValueError: a cell of a row that there is not.
+        """
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in ROWS}
         for file in sorted((self.folder / "cells").glob("*.json")):
             cell = json.loads(file.read_text())
+            if cell["row"] not in found:
+                raise ValueError(f"{file} is of {cell['row']!r}, which is no row.")
             found[cell["row"]].append(cell)
         return {name: cells for name, cells in found.items() if cells}
 
@@ -376,6 +415,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def planter_digest(folder: str | Path) -> str:
+    """sha256 of an adapter's weights and its rule.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        TruthError: the rule is damaged.
+    """
+    digest = hashlib.sha256((Path(folder) / ADAPTER_WEIGHTS).read_bytes())
+    digest.update(repr(load_rule(folder)).encode())
+    return digest.hexdigest()
+
+
 def _file_name(name: str, seed: int) -> str:
     return "".join(c if c.isalnum() else "-" for c in name) + f".{seed}"
 
@@ -410,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
         "--only", nargs="+", choices=list(ROWS), metavar="ROW", help="these rows"
     )
     parser.add_argument("--keep_runs", action="store_true", help="keep trained models")
-    for name in ("scenes", "val", "size", "steps", "batch", "probes", "probe_steps"):
+    for name in COUNTS[1:]:
         default = getattr(plan, name)
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
     parser.add_argument("--scene_seed", type=int, default=0, metavar="N")
@@ -430,11 +481,17 @@ def main(argv: list[str] | None = None) -> None:
     output, packages = given.pop("output"), given.pop("packages")
     seeds, only = given.pop("seeds"), given.pop("only")
     keep, common = given.pop("keep_runs"), given.pop("common")
-    names = common[::2]
-    words = [w for n, v in zip(names, common[1::2]) for w in (f"--{n}", v)]
+    if len(common) % 2:
+        parser.error(f"--common has no value for {common[-1]!r}.")
+    words = [w for n, v in zip(common[::2], common[1::2]) for w in (f"--{n}", v)]
+    for name, value in {**given, "seeds": seeds}.items():
+        if name in COUNTS and value < 1:
+            parser.error(f"--{name} is {value}; it must be 1 or more.")
     given["ah_layers"] = tuple(given["ah_layers"])
     try:
-        bench = Bench(output, Plan(**given, common=tuple(words)), packages)
+        digest = planter_digest(given["planter"])
+        plan = Plan(**given, common=tuple(words), planter_sha256=digest)
+        bench = Bench(output, plan, packages)
         for seed in range(seeds):
             for name in only or ROWS:
                 if seed == 0 or ROWS[name].options is not None:

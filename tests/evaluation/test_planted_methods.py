@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -148,18 +149,78 @@ def test_rows_differ_from_the_method_by_one_option():
     assert Plan("m", "p").record()["ah_layers"] == [5, 6]
 
 
-def test_the_recipe_is_what_was_measured():
+def test_the_recipe_is_what_was_measured(scenes, tmp_path):
+    """Model, method and training alike, but for paths and what only tells of a run."""
     from unirefiner_hf.cli.refine import DATACLASSES
 
+    (tmp_path / "scenes").symlink_to(scenes)
     path = find_recipe("dinov2/small_crop_targets")
-    fields = load_recipe(path, {"data": ["x"]}, DATACLASSES)
-    model, _, method, training = build_arguments(fields, DATACLASSES)
-    row = {**ROWS["crop targets"].options, "model": "x", "data": "x", "output_dir": "x"}
-    built = build_arguments({k: [v] for k, v in row.items()}, DATACLASSES)
-    assert method == dataclasses.replace(built[2], ah_layers=[5, 6])
-    plan = Plan("m", "p")
-    assert training.lr_scheduler_type == plan.schedule
-    assert training.max_steps == plan.steps
-    assert training.learning_rate == plan.learning_rate
-    assert model.image_size == plan.size
-    assert training.per_device_train_batch_size == plan.batch
+    folder = {"output_dir": [str(tmp_path)]}
+    recipe = build_arguments(
+        load_recipe(path, {"data": ["x"], "model": ["x"], **folder}, DATACLASSES),
+        DATACLASSES,
+    )
+    given = Bench(tmp_path, Plan("m", "p")).options(
+        "crop targets on the clean tower", 0
+    )
+    given |= {"data": ["x"], "model": ["x"], **folder}
+    told = ("seed", "data_seed", "report_images", "save_total_limit")
+    measured = build_arguments(given, DATACLASSES)
+    for ours, theirs in zip(recipe, measured, strict=True):
+        ours, theirs = vars(ours), vars(theirs)
+        wrong = [name for name in ours if str(ours[name]) != str(theirs[name])]
+        assert [name for name in wrong if name not in told] == []
+
+
+def test_what_was_made_of_other_options_is_not_taken(command, monkeypatch, capsys):
+    output, words = command
+    row = ["--only", "dirty tower"]
+    planted_methods.main([*words, *row])
+    changed = dataclasses.replace(ROWS["dirty tower"], frame=1)
+    monkeypatch.setitem(ROWS, "dirty tower", changed)
+    with pytest.raises(SystemExit):
+        planted_methods.main([*words, *row])
+    assert "'frame': 1}: delete the file and" in capsys.readouterr().err
+    monkeypatch.delitem(ROWS, "dirty tower")
+    with pytest.raises(ValueError, match="'dirty tower', which is no row"):
+        Bench.opened(output, words[words.index("--model") + 1]).cells()
+
+
+def test_an_unfinished_training_of_other_options_is_not_taken_up(command, capsys):
+    output, words = command
+    plan = Plan(words[words.index("--model") + 1], words[words.index("--planter") + 1])
+    bench = Bench(output / "own", plan)
+    start = bench.run("plain", 0).with_name("plain.0.json")
+    start.parent.mkdir()
+    start.write_text(json.dumps({"made_of": {"options": {}}}))
+    with pytest.raises(ValueError, match="plain.0.json was made of"):
+        bench.finish("plain", 0)
+
+
+def test_another_planter_of_the_same_name_is_another_plan(
+    command, planter, tmp_path, capsys
+):
+    output, words = command
+    row = ["--only", "dirty tower"]
+    planted_methods.main([*words, *row])
+    other = tmp_path / "elsewhere" / "planter"
+    shutil.copytree(planter[0], other)
+    (other / "planting.json").write_text('{"measure": "brightness"}')
+    with pytest.raises(SystemExit):
+        planted_methods.main([*words, *row, "--planter", str(other)])
+    assert "holds cells with planter_sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["oops"], "--common has no value for 'oops'"),
+        (["learning_rate", "1e-2"], "learning_rate is the bench's own"),
+        (["bf16", "false", "--steps", "0"], "--steps is 0; it must be 1 or more"),
+    ],
+)
+def test_words_that_would_be_lost_are_refused(command, more, message, capsys):
+    _, words = command
+    with pytest.raises(SystemExit):
+        planted_methods.main([*words, *more, "--only", "plain"])
+    assert message in capsys.readouterr().err
