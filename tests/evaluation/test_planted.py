@@ -94,6 +94,8 @@ def test_an_adapter_may_name_another_rule(tmp_path):
     [
         ('{"measure": "smell"}', "measure is 'smell'.*contrast, brightness"),
         ('{"proxy_rank": 0.1}', "pattern_rank is 0.12 and proxy_rank 0.1"),
+        ('{"proxy_rank": 1}', "proxy_rank 1; they must lie between 0 and 1"),
+        ('{"pattern_rank": 0}', "pattern_rank is 0 and"),
         ('{"proxies": 0.1}', "proxies"),
         ("{", "planting.json is not a planting rule"),
     ],
@@ -148,12 +150,48 @@ def test_filters_that_see_the_truth_find_it():
     assert reports["detectors"].default.limit == 0.55
     assert reports["detectors"].sweep[0].marked == 1
     assert reports["fpgp_strip"].sweep[-1].marked == 0
+    with pytest.raises(ValueError, match="planted and other tokens"):
+        whole = PlantedTruth(torch.ones_like(planted), truth.patterns)
+        compare_filters([replace(step, truth=whole)], UniRefinerSettings())
+
+
+def test_a_fixed_cosine_is_swept_by_cosines():
+    planted = torch.arange(20).expand(2, -1) >= 14
+    truth = PlantedTruth(planted, torch.zeros_like(planted))
+    axes = torch.eye(4)
+    scores = torch.linspace(0, 1, 20).expand(2, -1)
+    step = Step(
+        scores={name: scores for name in filters.FPGP},
+        target=axes[1].expand(2, 20, -1),
+        found=axes[None, :1].expand(2, -1, -1),
+        flow=[],
+        num_heads=1,
+        truth=truth,
+    )
+    reports = compare_filters([step], UniRefinerSettings(fpgp_cosine=0.7))
+    # No detector is near any token: no precision, no line.
+    assert all(at.precision is None for at in reports["detectors"].sweep[1:])
+    nothing = replace(reports["detectors"], sweep=reports["detectors"].sweep[1:])
+    drawn = plot_truth({"detectors": nothing, "union": reports["union"]}, 0.3).axes[0]
+    assert [t.get_text() for t in drawn.get_legend().get_texts()] == ["union", "blind"]
+    for name in (*filters.FPGP, "union"):
+        report = reports[name]
+        assert report.default.limit == 0.7
+        assert report.default in report.sweep
+        shares = [at.marked for at in report.sweep]
+        assert shares == sorted(shares, reverse=True) and len(set(shares)) > 10
+        assert report.best.f1 == 1
 
 
 def test_what_is_told_is_what_training_rejects(planter, monkeypatch):
     """The shares of a training step on the same views are those of the report."""
     _, model = planter
-    settings = UniRefinerSettings(ah_layers=[0, 1], detector_cosine=0.5)
+    settings = UniRefinerSettings(
+        ah_layers=[0, 1],
+        detector_cosine=0.5,
+        target_view="crop",
+        match_to_full_image=False,
+    )
     torch.manual_seed(1)
     objective = UniRefinerObjective(model, settings, torch.randn(1, 3, 24, 24)).eval()
     pixels = torch.randn(2, 3, 24, 24)
@@ -246,6 +284,16 @@ def test_the_command_writes_table_numbers_and_plot(
     assert Image.open(tmp_path / "t.png").size[0] > 300
     assert np.asarray(Image.open(tmp_path / "t.png").convert("L")).std() > 1
 
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("ah_layers: null\nfpgp_cosine: 0.3\nlearning_rate: 1e-3\n")
+    main([*words, "--config", str(recipe)])
+    other = json.loads((tmp_path / "t.json").read_text())
+    assert list(other["filters"]) == [*filters.FPGP, "detectors", "union"]
+    assert other["filters"]["fpgp_strip"]["default"]["limit"] == 0.3
+    recipe.write_text("method: plain\n")
+    assert main([*words, "--config", str(recipe)]) != 0
+    assert "method plain, which has no filters" in capsys.readouterr().err
+
 
 def test_settings_move_the_limits(tower_folder, planter, tmp_path):
     folder, _ = planter
@@ -272,6 +320,7 @@ def test_settings_move_the_limits(tower_folder, planter, tmp_path):
     ("extra", "message"),
     [
         (["--plot", "x.png"], "--plot draws what --truth measures"),
+        (["--config", "dinov2/small"], "--config is of the filters that --truth"),
         (["--truth", "x", "--labels", "y"], "--labels has no meaning with --truth"),
     ],
 )

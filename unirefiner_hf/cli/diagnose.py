@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..evaluation.checkpoints import Checkpoint
+    from ..refinement.settings import UniRefinerSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "finds it, instead of the measures (see unirefiner_hf.evaluation.filter_agreement)",
     )
     parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help="with --truth: the filters' settings are this recipe's (default: the "
+        "published ones)",
+    )
+    parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
@@ -113,6 +121,8 @@ def run(arguments: argparse.Namespace) -> None:
         _refuse_beside_truth(arguments)
     elif arguments.plot is not None:
         raise ValueError("--plot draws what --truth measures: give both.")
+    elif arguments.config is not None:
+        raise ValueError("--config is of the filters that --truth measures: give both.")
     paths = list_images(arguments.images)
     count = min(arguments.max_images, len(paths))
     pictures, skipped = [], []
@@ -172,6 +182,28 @@ def _refuse_beside_truth(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} has no meaning with --truth: leave it out.")
 
 
+def _filters_of(recipe: str) -> UniRefinerSettings:
+    """The method's part of a recipe.
+
+    Raises:
+        ValueError: a method without filters, or a recipe that is none.
+    """
+    from ..refinement.settings import UniRefinerSettings
+    from ..resources import find_recipe
+    from ..training.recipe import build_arguments, load_recipe
+    from .refine import DATACLASSES
+
+    values = load_recipe(find_recipe(recipe), {}, DATACLASSES)
+    names = {field.name for field in fields(UniRefinerSettings)}
+    own = {name: value for name, value in values.items() if name in names}
+    (settings,) = build_arguments(own, (UniRefinerSettings,))
+    if settings.method != "unirefiner":
+        raise ValueError(
+            f"{recipe} is of method {settings.method}, which has no filters."
+        )
+    return settings
+
+
 def _tell_truth(
     arguments: argparse.Namespace,
     checkpoint: Checkpoint,
@@ -181,7 +213,10 @@ def _tell_truth(
     from ..evaluation.agreement_report import plot_truth, truth_table
     from ..evaluation.filter_agreement import measure_truth
 
-    report = measure_truth(checkpoint, arguments.truth, pictures, arguments.size)
+    settings = None if arguments.config is None else _filters_of(arguments.config)
+    report = measure_truth(
+        checkpoint, arguments.truth, pictures, arguments.size, settings
+    )
     print(truth_table(report))
     cosines = ", ".join(f"{k} {v:.3f}" for k, v in report.cosine_to_clean.items())
     print(

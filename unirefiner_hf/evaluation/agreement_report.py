@@ -38,6 +38,8 @@ def truth_table(report: TruthReport) -> str:
 def plot_truth(reports: Mapping[str, FilterReport], planted: float) -> Figure:
     """Precision over recall of each filter; a dot marks the limit of training.
 
+    A filter that rejects nothing at any limit has no line.
+
     Args:
         planted: share of planted tokens, drawn as the precision of blind rejection.
 
@@ -53,9 +55,12 @@ def plot_truth(reports: Mapping[str, FilterReport], planted: float) -> Figure:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, report in reports.items():
-        points = [(at.recall, at.precision) for at in report.sweep]
-        recall, precision = zip(*((r, p) for r, p in points if p is not None))
-        (line,) = axes.plot(recall, precision, label=name)
+        points = [
+            (at.recall, at.precision) for at in report.sweep if at.precision is not None
+        ]
+        if not points:
+            continue
+        (line,) = axes.plot(*zip(*points), label=name)
         if report.default.precision is not None:
             axes.plot(
                 report.default.recall,

@@ -2,8 +2,14 @@
 
 The filters are those of a training step, judged by the same code on whole images (one crop
 that is the image), with the limits of the settings and over a sweep of limits. What this
-cannot show: attention hijackees are not planted, and of a frame that was not trained the
-register tokens are no detectors yet.
+cannot show:
+
+- The truth is where the rule plants in the image, not how far the tower's tokens really went;
+  `TruthReport.cosine_to_clean` tells that. In a composite the strip takes ranks of its own.
+- The detectors judge the image's tokens at their own place. In training they judge the crop's
+  targets, which are other tokens where `match_to_full_image` is true.
+- Attention hijackees are not planted, and of a frame that was not trained the register tokens
+  are no detectors yet.
 """
 
 from __future__ import annotations
@@ -30,14 +36,7 @@ from .planted import PlantedTruth, dirty_checkpoint, load_rule, planted_truth
 SIGMAS = tuple(step / 4 for step in range(-8, 13))
 """Limits of the filters by statistics: standard deviations from the mean."""
 COSINES = tuple(step / 20 for step in range(0, 21))
-"""Limits of the detectors."""
-SWEEPS = {
-    "fpgp_reference": ("fpgp_sigma", SIGMAS),
-    "fpgp_strip": ("fpgp_sigma", SIGMAS),
-    "detectors": ("detector_cosine", COSINES),
-    "ah": ("ah_sigma", SIGMAS),
-}
-"""Filter -> the setting that is its limit, and the values it is tried at."""
+"""Limits of the filters by cosine."""
 UNION = "union"
 BATCH = 4
 """Images a step, over which the attention flow takes its statistics."""
@@ -49,7 +48,8 @@ class Agreement:
     """A filter at one limit against the truth.
 
     Attributes:
-        limit: of the filter: standard deviations, or a cosine for the detectors.
+        limit: of the filter: standard deviations; a cosine for the detectors, and for
+            FP-GP and the union where `fpgp_cosine` is set.
         marked: share of all tokens that the filter rejects.
         precision: share of them that are planted; None if none is rejected.
         recall: share of the planted tokens that the filter rejects.
@@ -98,7 +98,8 @@ class TruthReport:
         proxies: share of global proxies.
         patterns: share of fixed patterns.
         cosine_to_clean: kind -> mean cosine of the dirty tower's tokens to the clean
-            tower's; low for the planted kinds if the adapter does what the rule says.
+            tower's: how far each kind was moved. Proxies of tokens that were near the
+            scene's mean already need not move far.
         images: their number.
         size: their side in pixels.
     """
@@ -165,7 +166,8 @@ def filter_step(
 ) -> Step:
     """The passes of a training step up to its filters, on whole images.
 
-    The detectors are drawn from seed 0; the strip lies on the right.
+    The detectors are drawn from seed 0 and judge the image's tokens at their place; the
+    strip lies on the right.
 
     Args:
         objective: round the dirty tower; its adapter stays off but for the frame.
@@ -181,7 +183,7 @@ def filter_step(
         found = detectors.draw_detectors(registers, objective.settings.detector_share)
     return Step(
         scores=filters.fpgp_scores(teacher.crop, reference, teacher.strip),
-        target=objective.targets(teacher.source, teacher.image),
+        target=teacher.image,
         found=found,
         flow=teacher.flow,
         num_heads=objective.num_heads,
@@ -224,8 +226,19 @@ def compare_filters(
     """Each filter at its limit and over a sweep of limits, by what training rejects.
 
     Each filter is swept with the others at their settings. In the sweep of the union the
-    limits in standard deviations move together and the detectors stay at theirs.
+    limits in standard deviations move together and the detectors stay at theirs; where
+    `fpgp_cosine` is set, FP-GP's moves alone.
+
+    Raises:
+        ValueError: in no image are there both planted and other tokens.
     """
+    by_cosine = settings.fpgp_cosine is not None
+    fpgp = ("fpgp_cosine", COSINES) if by_cosine else ("fpgp_sigma", SIGMAS)
+    sweeps: dict[str, tuple[str, tuple[float, ...]]] = {
+        **dict.fromkeys(filters.FPGP, fpgp),
+        "detectors": ("detector_cosine", COSINES),
+        "ah": ("ah_sigma", SIGMAS),
+    }
     truth = PlantedTruth(
         torch.cat([step.truth.proxies for step in steps]),
         torch.cat([step.truth.patterns for step in steps]),
@@ -242,16 +255,18 @@ def compare_filters(
     reports: dict[str, FilterReport] = {}
     at_settings = [step.judge(settings) for step in steps]
     for name in at_settings[0].rejected:
-        field, limits = SWEEPS[name]
+        field, limits = sweeps[name]
         evidence = torch.cat([found.evidence[name] for found in at_settings]).cpu()
         reports[name] = FilterReport(
             at(name, getattr(settings, field)),
             tuple(at(name, limit, **{field: limit}) for limit in limits),
             _mean_auc(evidence, truth.spurious),
         )
+    field, limits = fpgp
+    moved = (field,) if by_cosine else (field, "ah_sigma")
     reports[UNION] = FilterReport(
-        at(UNION, settings.fpgp_sigma),
-        tuple(at(UNION, s, fpgp_sigma=s, ah_sigma=s) for s in SIGMAS),
+        at(UNION, getattr(settings, field)),
+        tuple(at(UNION, limit, **dict.fromkeys(moved, limit)) for limit in limits),
         None,
     )
     return reports
@@ -260,6 +275,8 @@ def compare_filters(
 def _mean_auc(evidence: Tensor, planted: Tensor) -> float:
     """Within images, whose levels differ; mean over those that have both kinds."""
     pairs = [(e, p) for e, p in zip(evidence, planted) if p.any() and not p.all()]
+    if not pairs:
+        raise ValueError("No image has planted and other tokens: take larger images.")
     return sum(detection_auc(e, p) for e, p in pairs) / len(pairs)
 
 
@@ -279,18 +296,18 @@ def measure_truth(
         clean: the tower the adapter was trained on; its model is changed.
         folder: of the adapter, see `dirty_checkpoint`.
         images: RGB; resized to ``size x size``, rounded up to patches.
-        settings: of the filters; where `ah_layers` is unset, `middle_layers`.
+        settings: of the filters; None: as published, with attention flow in the
+            `middle_layers`.
 
     Raises:
         TruthError: the adapter is not one of this tower, or its rule is damaged.
-        ValueError: no images.
+        ValueError: no images, or too small ones.
     """
     if not images:
         raise ValueError("There are no images to measure on.")
-    settings = settings or UniRefinerSettings()
-    if not settings.flow_layers:
+    if settings is None:
         layers = middle_layers(clean.model.config.num_hidden_layers)
-        settings = replace(settings, ah_layers=layers)
+        settings = UniRefinerSettings(ah_layers=layers)
     side, device = clean.side(size), clean.model.device
     pixels = [preprocess(i, (side, side), clean.mean, clean.std) for i in images]
     batches = torch.stack(pixels).split(BATCH)

@@ -45,7 +45,7 @@ class PlantingRule:
         pattern_rank: below this rank it is a fixed pattern.
 
     Raises:
-        ValueError: an unknown measure, or ranks that are not ordered in [0, 1].
+        ValueError: an unknown measure, or ranks that leave a kind without tokens.
     """
 
     measure: str = "contrast"
@@ -57,10 +57,10 @@ class PlantingRule:
             raise ValueError(
                 f"measure is {self.measure!r}; it must be one of {', '.join(MEASURES)}."
             )
-        if not 0 <= self.pattern_rank <= self.proxy_rank <= 1:
+        if not 0 < self.pattern_rank < self.proxy_rank < 1:
             raise ValueError(
                 f"pattern_rank is {self.pattern_rank} and proxy_rank {self.proxy_rank}; "
-                "they must lie in [0, 1], the first not above the second."
+                "they must lie between 0 and 1, the first below the second."
             )
 
 
