@@ -198,6 +198,8 @@ def test_the_control_is_not_called_refined():
     text = render(method__name="plain", model__register_width=0)
     assert "# tiny-tower-distilled" in text and "plain self-distillation" in text
     assert "refined by UniRefiner" not in text and "unirefined" not in text
+    assert "| num_crops | 3 |" in text and "| lora_rank |" in text
+    assert not re.search(r"\| (fpgp_|ah_|uni_weight|register_)", text)
 
 
 def test_without_measurement_it_says_so():

@@ -1,11 +1,13 @@
 """The control: no frame, no filter, everything else of the objective."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from tests.refinement.conftest import make_objective
 from unirefiner_hf.refinement.plain_distillation import PlainDistillation
-from unirefiner_hf.refinement.settings import UniRefinerSettings
+from unirefiner_hf.refinement.settings import PLAIN_FIELDS, UniRefinerSettings
 
 
 @pytest.fixture
@@ -40,6 +42,23 @@ def test_the_loss_is_the_sum_of_its_terms(plain):
     assert outputs["loss"].item() == pytest.approx(total.item(), rel=1e-5)
     early = objective(torch.randn(2, 3, 24, 24), progress=0.0)
     assert "loss_scd" not in early
+
+
+def test_the_card_tells_every_setting_it_reads(plain):
+    objective = plain()
+    read = set()
+
+    class Watched(UniRefinerSettings):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    objective.settings = Watched(**vars(objective.settings))
+    read.clear()
+    objective(torch.randn(1, 3, 24, 24))
+    assert objective.looks_for_lazy_channels
+    names = {field.name for field in dataclasses.fields(UniRefinerSettings)}
+    assert read & names == set(PLAIN_FIELDS)
 
 
 def test_no_pass_has_a_frame_or_reads_the_attention(plain, monkeypatch):

@@ -185,6 +185,7 @@ def test_evaluation_knows_it_as_a_result_of_its_base(arguments, tower_folder):
         ({"base_dtype": "bfloat16"}, "base_dtype"),
         ({"teacher_float8": True}, "teacher_float8"),
         ({"register_fill": "learnable"}, "register_fill"),
+        ({"inference_register_width": 4}, "inference_register_width"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(arguments, monkeypatch, model, name):

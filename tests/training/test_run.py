@@ -48,6 +48,14 @@ def adapter(run):
     return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "frame", [{"register_fill": "learnable"}, {"inference_register_width": 1}]
+)
+def test_plain_distillation_takes_no_frame(arguments, frame):
+    with pytest.raises(BaseError, match="method plain: it trains without a frame"):
+        refine(*arguments(model=frame, method={"method": "plain"}))
+
+
 def test_plain_distillation_leaves_a_model_without_a_frame(arguments, tower_folder):
     run = refine(*arguments(method={"method": "plain"}, max_steps=2))
     record = json.loads((run / "run.json").read_text())

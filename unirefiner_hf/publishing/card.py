@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..refinement.ph_reg_settings import PHRegSettings
+from ..refinement.settings import PLAIN_FIELDS
 from ..resources import resource_folder
 
 TEMPLATE = "card.md.jinja"
@@ -144,12 +145,15 @@ def card_from_record(
 
 def _read_by(recipe: dict[str, Any]) -> dict[str, Any]:
     """The settings that the recipe's method reads."""
+    if recipe["method"] == "unirefiner":
+        return {k: v for k, v in recipe.items() if k not in PH_REG_FIELDS}
+    names = {"method", "final_norm", "optimizer", "learning_rate", "weight_decay"}
+    names |= {"schedule", "total_batch", "precision"}
     if recipe["method"] == "ph_reg":
-        names = {"method", "final_norm", *PH_REG_FIELDS}
-        names |= {"optimizer", "learning_rate", "weight_decay", "schedule"}
-        names |= {"total_batch", "precision"}
-        return {name: value for name, value in recipe.items() if name in names}
-    return {k: v for k, v in recipe.items() if k not in PH_REG_FIELDS}
+        names |= {*PH_REG_FIELDS}
+    else:
+        names |= {"lora_rank", "lora_alpha", "lora_dropout", *PLAIN_FIELDS}
+    return {name: value for name, value in recipe.items() if name in names}
 
 
 def render_card(

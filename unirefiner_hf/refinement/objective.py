@@ -126,14 +126,8 @@ class UniRefinerObjective(nn.Module):
         settings = self.settings
         height, width = pixel_values.shape[-2:]
         registers = self.register_width(height, width)
-        boxes = views.propose_crops(
-            len(pixel_values),
-            settings.num_crops,
-            (settings.crop_area_min, settings.crop_area_max),
-            settings.crop_aspect_max,
-        ).to(pixel_values.device)
+        boxes, crops = self.draw_crops(pixel_values)
         side = composites.draw_side()
-        crops = views.crop_maps(pixel_values, boxes, (height, width))
         teacher = self.teacher_views(pixel_values, crops, side)
 
         # The pass with gradient comes before the relation pass: autocast would else
@@ -154,6 +148,22 @@ class UniRefinerObjective(nn.Module):
                 boxes,
                 student.grid,
             )
+
+    def draw_crops(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes and pixels of the step's crops, at the size of the images.
+
+        Returns:
+            Boxes as of `views.propose_crops`, and ``(batch * crops, 3, height, width)``.
+        """
+        settings = self.settings
+        boxes = views.propose_crops(
+            len(pixel_values),
+            settings.num_crops,
+            (settings.crop_area_min, settings.crop_area_max),
+            settings.crop_aspect_max,
+        ).to(pixel_values.device)
+        height, width = pixel_values.shape[-2:]
+        return boxes, views.crop_maps(pixel_values, boxes, (height, width))
 
     def teacher_views(
         self, pixel_values: Tensor, crops: Tensor, side: str

@@ -35,14 +35,7 @@ class PlainDistillation(UniRefinerObjective):
             in, ``theta`` and ``clean_ratio``.
         """
         settings = self.settings
-        height, width = pixel_values.shape[-2:]
-        boxes = views.propose_crops(
-            len(pixel_values),
-            settings.num_crops,
-            (settings.crop_area_min, settings.crop_area_max),
-            settings.crop_aspect_max,
-        ).to(pixel_values.device)
-        crops = views.crop_maps(pixel_values, boxes, (height, width))
+        boxes, crops = self.draw_crops(pixel_values)
         with self._without_gradient(), self._adapter_off():
             full = self._unit(self._encode(pixel_values, 0))
             teacher = self._unit(self._encode(crops, 0))

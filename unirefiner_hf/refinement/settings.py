@@ -10,6 +10,21 @@ from .ph_reg_settings import PHRegSettings
 TARGET_VIEWS = ("composite", "crop")
 NEGATIVES = ("image", "crop")
 METHODS = ("unirefiner", "ph_reg", "plain")
+PLAIN_FIELDS = (
+    "num_crops",
+    "crop_area_min",
+    "crop_area_max",
+    "crop_aspect_max",
+    "temperature",
+    "uniformity",
+    "match_to_full_image",
+    "negatives",
+    "scd_weight",
+    "scd_start",
+    "lazy_channels",
+    "no_grad_batch",
+)
+"""What plain distillation reads of the settings."""
 
 
 @dataclass

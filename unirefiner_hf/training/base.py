@@ -200,14 +200,25 @@ def _check_whole_weights(model_args: ModelArguments) -> None:
         "base_dtype": model_args.base_dtype == "bfloat16",
         "base_quantization": model_args.base_quantization is not None,
         "teacher_float8": model_args.teacher_float8,
-        "register_fill": model_args.register_fill == "learnable",
     }
     for name, refused in asked.items():
         if refused:
             raise BaseError(
                 f"{name} is {getattr(model_args, name)!r}, which does not go with method "
-                "ph_reg: it trains weights of the tower itself, in float32, and has no "
-                "frame. Leave it out."
+                "ph_reg: it trains weights of the tower itself, in float32. Leave it out."
+            )
+
+
+def _check_frame(model_args: ModelArguments, method: str) -> None:
+    asked = {
+        "register_fill": model_args.register_fill == "learnable",
+        "inference_register_width": bool(model_args.inference_register_width),
+    }
+    for name, refused in asked.items():
+        if refused:
+            raise BaseError(
+                f"{name} is {getattr(model_args, name)!r}, which does not go with method "
+                f"{method}: it trains without a frame. Leave it out."
             )
 
 
@@ -248,9 +259,12 @@ def framed(
     """The register model round a tower, ready to be trained, and its image size.
 
     Raises:
-        BaseError: the image size is off the patch grid.
+        BaseError: the image size is off the patch grid, or a frame is asked for that the
+            method does not train.
         ValueError: PH-Reg of a tower that has no position embedding to train.
     """
+    if settings is not None and settings.method != "unirefiner":
+        _check_frame(model_args, settings.method)
     unlocks = settings is not None and settings.method == "ph_reg"
     model = UniRefinerModel.from_tower(
         tower,
