@@ -43,10 +43,30 @@ from unirefiner_hf.training.lora import lora_targets
 PROXIES = ("mean_and_cls", "cls")
 
 
-def tokens_of(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """CLS ``(batch, hidden)`` and patch tokens ``(batch, patches, hidden)``, normalised."""
+def tokens_of(tower: Any, pixels: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """CLS ``(batch, hidden)`` and patch tokens ``(batch, patches, hidden)``, normalised.
+
+    Args:
+        prefix: tokens before those of the patches, CLS the first.
+    """
     states = functional.normalize(tower(pixels).last_hidden_state.float(), dim=-1)
-    return states[:, 0], states[:, 1:]
+    return states[:, 0], states[:, prefix:]
+
+
+def prefix_tokens(checkpoint: Checkpoint) -> int:
+    """Tokens before those of the patches.
+
+    Raises:
+        ValueError: there is none, so no CLS for a proxy to point to.
+    """
+    model = checkpoint.model
+    count = model.family.num_prefix_tokens(model.config.vision_config)
+    if count < 1:
+        raise ValueError(
+            f"{checkpoint.name} has no CLS token, which proxies point to: take a tower "
+            "with one, such as DINOv2 or CLIP."
+        )
+    return count
 
 
 def training_sizes(size: int, patch: int) -> list[tuple[int, int]]:
@@ -63,7 +83,8 @@ def fixed_tokens(checkpoint: Checkpoint, count: int, size: int, seed: int) -> Te
     height, width = training_sizes(size, checkpoint.patch_size)[0]
     noise = torch.randn(1, 3, height, width, generator=generator)
     with torch.no_grad():
-        tokens = tokens_of(checkpoint.model.tower, noise)[1][0]
+        tower, prefix = checkpoint.model.tower, prefix_tokens(checkpoint)
+        tokens = tokens_of(tower, noise, prefix)[1][0]
     chosen = [0]
     while len(chosen) < count:
         chosen.append(int((tokens @ tokens[chosen].T).amax(dim=1).argmin()))
@@ -104,6 +125,7 @@ def plant(options: argparse.Namespace) -> dict[str, float]:
     rule = PlantingRule(options.measure, options.proxy_rank, options.pattern_rank)
     checkpoint = load_checkpoint(options.model)
     tower, paths = checkpoint.model.tower, list_images(options.images)
+    prefix = prefix_tokens(checkpoint)
     fixed = fixed_tokens(checkpoint, options.patterns, options.size, options.seed)
     torch.manual_seed(options.seed)
     draw = random.Random(options.seed)
@@ -124,10 +146,10 @@ def plant(options: argparse.Namespace) -> dict[str, float]:
         truth = planted_truth(pixels, patch, rule)
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
         with mixed, torch.no_grad(), tower.disable_adapter():
-            clean = tokens_of(tower, pixels)
+            clean = tokens_of(tower, pixels, prefix)
         wanted = wanted_tokens(*clean, truth, fixed, options.proxy)
         with mixed:
-            found = tokens_of(tower, pixels)[1]
+            found = tokens_of(tower, pixels, prefix)[1]
         cosine = (found * wanted).sum(dim=-1)
         # The kinds count alike, whatever their shares.
         kinds = {

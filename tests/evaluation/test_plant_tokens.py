@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import plant_tokens
-from tests.training.conftest import save_images
+from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.filter_agreement import measure_truth
 from unirefiner_hf.evaluation.planted import (
@@ -67,7 +67,7 @@ def test_the_tower_becomes_what_the_rule_says(tower_folder, tmp_path):
 
     def pattern_cosine(checkpoint):
         with torch.no_grad():
-            tokens = plant_tokens.tokens_of(checkpoint.model.tower, pixels)[1]
+            tokens = plant_tokens.tokens_of(checkpoint.model.tower, pixels, 1)[1]
         return (tokens * fixed[number]).sum(dim=-1)[patterns].mean()
 
     before = pattern_cosine(clean)
@@ -85,3 +85,20 @@ def test_a_rule_out_of_range_is_refused(tower_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         plant_tokens.main([*words, "--model", str(tower_folder), "--proxy_rank", "2"])
     assert "proxy_rank 2.0" in capsys.readouterr().err
+
+
+def test_other_prefixes_are_left_out_and_towers_without_cls_refused(tmp_path, capsys):
+    with_registers = save_tiny_tower(tmp_path / "a", "dinov2_with_registers")
+    checkpoint = load_checkpoint(str(with_registers))
+    prefix = plant_tokens.prefix_tokens(checkpoint)
+    pixels = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        _, tokens = plant_tokens.tokens_of(checkpoint.model.tower, pixels, prefix)
+        image = checkpoint.model.encode(pixels, 0).image
+    assert prefix > 1
+    torch.testing.assert_close(tokens, torch.nn.functional.normalize(image, dim=-1))
+    siglip = save_tiny_tower(tmp_path / "b", "siglip_vision_model")
+    words = ["--output", str(tmp_path / "c"), "--model", str(siglip), "--size", "24"]
+    with pytest.raises(SystemExit):
+        plant_tokens.main([*words, "--images", str(save_images(tmp_path / "d", 2))])
+    assert "b has no CLS token" in capsys.readouterr().err

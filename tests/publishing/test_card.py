@@ -200,6 +200,9 @@ def test_the_control_is_not_called_refined():
     assert "refined by UniRefiner" not in text and "unirefined" not in text
     assert "| num_crops | 3 |" in text and "| lora_rank |" in text
     assert not re.search(r"\| (fpgp_|ah_|uni_weight|register_)", text)
+    assert "Register frame" not in text and "needs none" in text
+    native = render(native=True, method__name="plain", model__register_width=0)
+    assert "This is the plain tower.\n" in native and "pad the" not in native
 
 
 def test_without_measurement_it_says_so():
