@@ -127,8 +127,8 @@ ROWS = {
     "plain, crop targets, constant rate": Row({**CONTROL, **CONSTANT_RATE}),
     "ph_reg": Row(PH_REG),
     "ph_reg without registers": Row({**PH_REG, "register_tokens": "0"}),
-    "ph_reg at 3e-4": Row({**PH_REG, "learning_rate": "3e-4"}),
-    "ph_reg at 1e-3": Row({**PH_REG, "learning_rate": "1e-3"}),
+    "ph_reg at 3e-5": Row({**PH_REG, "learning_rate": "3e-5"}),
+    "ph_reg, clipped": Row({**PH_REG, "max_grad_norm": "1"}),
     **{name: Row(option) for name, option in ABLATIONS.items()},
     **{
         f"crop targets, {name}": Row({**CROP_TARGETS, **option})
