@@ -5,9 +5,8 @@
 Builds StampScenes, merges the adapter that plants the dirt into the tower, trains every method
 and ablation on the dirty tower with the same unlabelled images, steps, batch and learning rate
 (rows that say otherwise, and PH-Reg, have their own), and measures all by linear probes on
-cached tokens. Every finished cell (a method and a training
-seed) is a file of its own in ``cells/``: run again, and only what is missing is computed. The
-table is written anew after each.
+cached tokens. Every finished cell (a method and a training seed) is a file of its own in
+``cells/``: run again, and only what is missing is computed. The table is written anew after each.
 
 The share recovered is ``(method - dirty) / (clean - dirty)``. Standard deviations are those of
 the training seeds, each the mean of its probes; of towers that were not trained, of the probes.
@@ -265,18 +264,13 @@ class Bench:
         """
         file, row, run = self.cell(name, seed), ROWS[name], self.run(name, seed)
         start = run.with_name(f"{run.name}.json")
-        for found in filter(Path.is_file, (file, start)):
-            made_of = json.loads(found.read_text()).get("made_of")
-            if made_of != row.record():
-                raise ValueError(
-                    f"{found} was made of {made_of}, row {name!r} is now {row.record()}: "
-                    f"delete the file and {run}."
-                )
-        if file.is_file():
-            return json.loads(file.read_text())
+        self._made(start, name, run)
+        if finished := self._made(file, name, run):
+            return finished
         started = time.monotonic()
-        source = self.tower(row.tower)
-        if row.options is not None:
+        if row.options is None:
+            source = self.tower(row.tower)
+        else:
             start.parent.mkdir(exist_ok=True)
             _write(start, {"made_of": row.record()})
             self._train(name, seed)
@@ -300,6 +294,18 @@ class Bench:
             shutil.rmtree(run, ignore_errors=True)
             start.unlink(missing_ok=True)
         return cell
+
+    def _made(self, file: Path, name: str, run: Path) -> dict[str, Any] | None:
+        """What a file holds, None where there is none; of other options it is refused."""
+        if not file.is_file():
+            return None
+        content, now = json.loads(file.read_text()), ROWS[name].record()
+        if content.get("made_of") != now:
+            raise ValueError(
+                f"{file} was made of {content.get('made_of')}, row {name!r} is now {now}: "
+                f"delete the file and {run}."
+            )
+        return content
 
     def options(self, name: str, seed: int) -> dict[str, list[str]]:
         """What `unirefiner refine` is given for a cell, `Plan.common` aside."""
@@ -478,15 +484,15 @@ def main(argv: list[str] | None = None) -> None:
         help="options of every training, without dashes: bf16 true",
     )
     given = vars(parser.parse_args(argv))
+    for name in COUNTS:
+        if given[name] < 1:
+            parser.error(f"--{name} is {given[name]}; it must be 1 or more.")
     output, packages = given.pop("output"), given.pop("packages")
     seeds, only = given.pop("seeds"), given.pop("only")
     keep, common = given.pop("keep_runs"), given.pop("common")
     if len(common) % 2:
         parser.error(f"--common has no value for {common[-1]!r}.")
     words = [w for n, v in zip(common[::2], common[1::2]) for w in (f"--{n}", v)]
-    for name, value in {**given, "seeds": seeds}.items():
-        if name in COUNTS and value < 1:
-            parser.error(f"--{name} is {value}; it must be 1 or more.")
     given["ah_layers"] = tuple(given["ah_layers"])
     try:
         digest = planter_digest(given["planter"])

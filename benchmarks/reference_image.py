@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
+from unirefiner_hf.evaluation.filter_agreement import agreement
 from unirefiner_hf.evaluation.planted import (
     dirty_checkpoint,
     load_rule,
@@ -24,6 +25,7 @@ from unirefiner_hf.evaluation.planted import (
 )
 from unirefiner_hf.images import default_reference, preprocess
 from unirefiner_hf.spurious.diagnose import diagnose
+from unirefiner_hf.spurious.settings import FilterSettings
 from unirefiner_hf.starter import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -52,10 +54,6 @@ def noise(scales: tuple[int, ...]) -> Tensor:
     return total / total.std()
 
 
-def f1(found: Tensor, truth: Tensor) -> float:
-    return (2 * (found & truth).sum() / (found.sum() + truth.sum())).item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,6 +65,7 @@ def main() -> None:
     rule = load_rule(adapter)
     model = dirty_checkpoint(load_checkpoint(NAME), adapter).model
     photographs = {name: pixels_of(p) for name, p in whole_photographs().items()}
+    truths = {n: planted_truth(p, PATCH, rule) for n, p in photographs.items()}
     candidates = {
         "default_reference": pixels_of(default_reference()),
         "noise at six scales": noise((4, 8, 16, 32, 64, 128)),
@@ -76,10 +75,11 @@ def main() -> None:
     }
     for name, reference in candidates.items():
         scores = [
-            f1(
+            agreement(
                 diagnose(model, pixels, reference).fpgp,
-                planted_truth(pixels, PATCH, rule).spurious,
-            )
+                truths[other],
+                FilterSettings.fpgp_sigma,
+            ).f1
             for other, pixels in photographs.items()
             if other != name
         ]

@@ -201,12 +201,8 @@ def _check_whole_weights(model_args: ModelArguments) -> None:
         "base_quantization": model_args.base_quantization is not None,
         "teacher_float8": model_args.teacher_float8,
     }
-    for name, refused in asked.items():
-        if refused:
-            raise BaseError(
-                f"{name} is {getattr(model_args, name)!r}, which does not go with method "
-                "ph_reg: it trains weights of the tower itself, in float32. Leave it out."
-            )
+    why = "it trains weights of the tower itself, in float32"
+    _refuse(model_args, asked, "ph_reg", why)
 
 
 def _check_frame(model_args: ModelArguments, method: str) -> None:
@@ -214,11 +210,17 @@ def _check_frame(model_args: ModelArguments, method: str) -> None:
         "register_fill": model_args.register_fill == "learnable",
         "inference_register_width": bool(model_args.inference_register_width),
     }
+    _refuse(model_args, asked, method, "it trains without a frame")
+
+
+def _refuse(
+    model_args: ModelArguments, asked: dict[str, bool], method: str, why: str
+) -> None:
     for name, refused in asked.items():
         if refused:
             raise BaseError(
                 f"{name} is {getattr(model_args, name)!r}, which does not go with method "
-                f"{method}: it trains without a frame. Leave it out."
+                f"{method}: {why}. Leave it out."
             )
 
 
