@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirefiner_hf.images import default_reference, preprocess
-from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import load_tower
-from unirefiner_hf.refinement.objective import LOSS_TERMS, UniRefinerObjective
-from unirefiner_hf.refinement.settings import UniRefinerSettings
-from unirefiner_hf.starter import (
+from unirefiner_hf.data.images import default_reference, preprocess
+from unirefiner_hf.loading.float8 import use_float8
+from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.loading.starter import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     starter_tower,
     whole_photographs,
 )
-from unirefiner_hf.training.float8 import use_float8
-from unirefiner_hf.training.lora import add_adapter
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import LOSS_TERMS, UniRefinerObjective
+from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.modeling.towers import load_tower
 
 READINGS = ("float32", "bfloat16", "float8")
 

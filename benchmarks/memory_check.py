@@ -33,11 +33,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from unirefiner_hf.estimate.dry_run import dry_step
+from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import UniRefinerObjective
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.refinement.objective import UniRefinerObjective
-from unirefiner_hf.refinement.settings import UniRefinerSettings
-from unirefiner_hf.training.dry_run import dry_step
-from unirefiner_hf.training.lora import add_adapter
 
 ALLOCATED, RESIDENT, ESTIMATED = "allocated", "resident", "estimated"
 

@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from unirefiner_hf.data.images import list_images, load_rgb, preprocess
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.evaluation.planted import (
     MEASURES,
@@ -37,8 +38,7 @@ from unirefiner_hf.evaluation.planted import (
     PlantingRule,
     planted_truth,
 )
-from unirefiner_hf.images import list_images, load_rgb, preprocess
-from unirefiner_hf.training.lora import lora_targets
+from unirefiner_hf.loading.lora import lora_targets
 
 PROXIES = ("mean_and_cls", "cls")
 

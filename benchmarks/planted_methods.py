@@ -30,10 +30,10 @@ from transformers import AutoImageProcessor
 
 from examples.stampscenes.build import APT, build
 from unirefiner_hf.cli import main as unirefiner
+from unirefiner_hf.data.labelled import class_labels
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.evaluation.compare import open_splits
-from unirefiner_hf.evaluation.labelled_images import class_labels
 from unirefiner_hf.evaluation.planted import (
     ADAPTER_WEIGHTS,
     dirty_checkpoint,
@@ -43,7 +43,7 @@ from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
     evaluate_segmentation,
 )
-from unirefiner_hf.starter import NAME, starter_tower
+from unirefiner_hf.loading.starter import NAME, starter_tower
 
 CLEAN, DIRTY = "clean", "dirty"
 COUNTS = ("seeds", "scenes", "val", "size", "steps", "batch", "probes", "probe_steps")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from unirefiner_hf.data.images import list_images, load_rgb, preprocess
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
-from unirefiner_hf.images import list_images, load_rgb, preprocess
 from unirefiner_hf.visualize import fit_pca, pca_rgb
 
 from .planted_methods import CLEAN, DIRTY, ROWS, Bench

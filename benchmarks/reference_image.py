@@ -16,22 +16,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from unirefiner_hf.data.images import default_reference, preprocess
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.filter_agreement import agreement
-from unirefiner_hf.evaluation.planted import (
-    dirty_checkpoint,
-    load_rule,
-    planted_truth,
-)
-from unirefiner_hf.images import default_reference, preprocess
-from unirefiner_hf.spurious.diagnose import diagnose
-from unirefiner_hf.spurious.settings import FilterSettings
-from unirefiner_hf.starter import (
+from unirefiner_hf.evaluation.planted import dirty_checkpoint, load_rule, planted_truth
+from unirefiner_hf.loading.starter import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     NAME,
     whole_photographs,
 )
+from unirefiner_hf.spurious.diagnose import diagnose
+from unirefiner_hf.spurious.settings import FilterSettings
 
 SIZE, PATCH = 224, 14
 

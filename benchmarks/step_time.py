@@ -35,13 +35,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+from unirefiner_hf.loading.lora import lora_targets
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import TeacherViews, UniRefinerObjective
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
-from unirefiner_hf.refinement.objective import TeacherViews, UniRefinerObjective
-from unirefiner_hf.refinement.settings import UniRefinerSettings
 from unirefiner_hf.spurious import composites
 from unirefiner_hf.spurious.diagnose import middle_layers
-from unirefiner_hf.training.lora import lora_targets
 
 PLAIN, OURS, RECOMPUTING = "plain", "ours", "ours with gradient checkpointing"
 COMPARED = ("seconds_a_step", "peak_memory_mb")

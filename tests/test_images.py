@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unirefiner_hf.images import (
+from unirefiner_hf.data.images import (
     ImageError,
     default_reference,
     denormalise,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel
 
-from unirefiner_hf import starter
+from unirefiner_hf.loading import starter
 
 
 @pytest.fixture(scope="session")

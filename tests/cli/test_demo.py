@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from unirefiner_hf import starter
 from unirefiner_hf.cli import main
+from unirefiner_hf.loading import starter
 
 
 @pytest.fixture(scope="module")

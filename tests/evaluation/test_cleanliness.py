@@ -9,6 +9,8 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
 from unirefiner_hf.cli import main
+from unirefiner_hf.data.images import list_images, load_rgb
+from unirefiner_hf.data.labelled import class_labels, open_pairs
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.cleanliness import (
     LOWER_IS_CLEANER,
@@ -20,8 +22,6 @@ from unirefiner_hf.evaluation.cleanliness import (
     positional_variance,
     shift_residual,
 )
-from unirefiner_hf.evaluation.labelled_images import class_labels, open_pairs
-from unirefiner_hf.images import list_images, load_rgb
 
 
 @pytest.fixture(scope="module")

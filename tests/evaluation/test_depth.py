@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from unirefiner_hf.cli import main
+from unirefiner_hf.data.labelled import LabelError, open_pairs
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.depth import (
     DepthHead,
@@ -16,7 +17,6 @@ from unirefiner_hf.evaluation.depth import (
     read_depth,
     sig_loss,
 )
-from unirefiner_hf.evaluation.labelled_images import LabelError, open_pairs
 
 TINY = {
     "depth_crop_height": 16,

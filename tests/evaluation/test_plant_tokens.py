@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import plant_tokens
 from tests.training.conftest import save_images, save_tiny_tower
+from unirefiner_hf.data.images import list_images, load_rgb, preprocess
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.filter_agreement import measure_truth
 from unirefiner_hf.evaluation.planted import (
@@ -15,7 +16,6 @@ from unirefiner_hf.evaluation.planted import (
     load_rule,
     planted_truth,
 )
-from unirefiner_hf.images import list_images, load_rgb, preprocess
 
 
 def test_the_wanted_tokens_are_those_of_the_rule():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.training.conftest import save_images
+from unirefiner_hf.data.images import load_rgb
 from unirefiner_hf.evaluation.agreement_report import plot_truth, truth_table
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.filter_agreement import (
@@ -28,9 +29,8 @@ from unirefiner_hf.evaluation.planted import (
     load_rule,
     planted_truth,
 )
-from unirefiner_hf.images import load_rgb
-from unirefiner_hf.refinement.objective import UniRefinerObjective
-from unirefiner_hf.refinement.settings import UniRefinerSettings
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import UniRefinerObjective
 from unirefiner_hf.spurious import filters, similarity
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "dirty"

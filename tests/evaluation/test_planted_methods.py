@@ -18,7 +18,7 @@ from benchmarks.planted_methods import (
     table,
 )
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.refinement.settings import METHODS
+from unirefiner_hf.methods.settings import METHODS
 from unirefiner_hf.resources import find_recipe
 from unirefiner_hf.training.arguments import ModelArguments, RefineTrainingArguments
 from unirefiner_hf.training.recipe import build_arguments, load_recipe

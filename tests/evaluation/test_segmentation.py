@@ -11,6 +11,13 @@ from PIL import Image
 from tests.evaluation.conftest import save_pairs
 from tests.training.conftest import save_tiny_tower
 from unirefiner_hf.cli import main
+from unirefiner_hf.data.images import ImageError
+from unirefiner_hf.data.labelled import (
+    ClassLabels,
+    LabelError,
+    class_labels,
+    open_pairs,
+)
 from unirefiner_hf.evaluation.augment import (
     CropSettings,
     distort,
@@ -22,12 +29,6 @@ from unirefiner_hf.evaluation.checkpoints import (
     check_same_tower,
     load_checkpoint,
 )
-from unirefiner_hf.evaluation.labelled_images import (
-    ClassLabels,
-    LabelError,
-    class_labels,
-    open_pairs,
-)
 from unirefiner_hf.evaluation.results import read_results
 from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
@@ -37,7 +38,6 @@ from unirefiner_hf.evaluation.segmentation import (
     sliding_scores,
     window_starts,
 )
-from unirefiner_hf.images import ImageError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 FAST = {"fast": True, "crop": 24, "fast_iterations": 60, "probe_lr": 0.05}

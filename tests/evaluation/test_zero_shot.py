@@ -17,15 +17,11 @@ from tests.dual_encoders import (
 )
 from tests.training.conftest import save_tiny_tower
 from unirefiner_hf.cli import main
+from unirefiner_hf.data.images import preprocess
+from unirefiner_hf.data.labelled import LAYOUTS, ClassLabels, LabelError, class_labels
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.compare import compare_zero_shot, load_compared
-from unirefiner_hf.evaluation.labelled_images import (
-    LAYOUTS,
-    ClassLabels,
-    LabelError,
-    class_labels,
-)
 from unirefiner_hf.evaluation.zero_shot import (
     ZeroShotSettings,
     class_probabilities,
@@ -37,7 +33,6 @@ from unirefiner_hf.evaluation.zero_shot import (
     word_set,
 )
 from unirefiner_hf.evaluation.zero_shot_sets import SETS, TEMPLATES
-from unirefiner_hf.images import preprocess
 from unirefiner_hf.modeling.dense_text import dense_text_features
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.text_side import load_text_side

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
+from unirefiner_hf.methods import losses, views
 from unirefiner_hf.modeling.registers import frame_pixels, register_mask
-from unirefiner_hf.refinement import losses, views
 from unirefiner_hf.spurious.attention_flow import attention_inflow, read_by_others
 from unirefiner_hf.spurious.detectors import undetected
 from unirefiner_hf.spurious.lazy_channels import find_lazy_channels

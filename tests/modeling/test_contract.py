@@ -7,14 +7,14 @@ from transformers import AttentionInterface, CLIPConfig, CLIPModel
 
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
 from tests.modeling.test_towers import TEXT, VISION
+from unirefiner_hf.export.checkpoint import merge_adapter
+from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.modeling.configuration_unirefiner import UniRefinerConfig
 from unirefiner_hf.modeling.modeling_unirefiner import (
     UniRefinerBackbone,
     UniRefinerModel,
 )
 from unirefiner_hf.modeling.registers import frame_pixels, register_mask
-from unirefiner_hf.publishing.merge import merge_adapter
-from unirefiner_hf.training.lora import add_adapter
 
 # The name that every supported transformers has; 5.23 warns of a newer one.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

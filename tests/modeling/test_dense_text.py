@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from tests.training.conftest import make_tiny_tower
+from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.modeling.configuration_eva_clip import EvaClipVisionConfig
 from unirefiner_hf.modeling.dense_text import dense_text_features, neighbourhood
 from unirefiner_hf.modeling.modeling_eva_clip import EvaClipVisionModel
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.training.lora import add_adapter
 
 VISION = {
     "hidden_size": 24,

@@ -18,12 +18,12 @@ from tests.training.conftest import save_tiny_tower
 from unirefiner_hf import dense_text_features, load_text_side
 from unirefiner_hf.cli import main
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.publishing.digests import weight_digests
-from unirefiner_hf.publishing.run_folder import merge_run
-from unirefiner_hf.publishing.verify import verify
+from unirefiner_hf.export.digests import weight_digests
+from unirefiner_hf.export.run_folder import merge_run
+from unirefiner_hf.hub.verify import verify
+from unirefiner_hf.loading.base import BaseError, load_base
 from unirefiner_hf.resources import PACKAGE
 from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.base import BaseError, load_base
 
 ALL = [*KINDS, "eva"]
 FRESH = """
@@ -172,7 +172,7 @@ def test_a_missing_tokenizer_is_told_at_the_start(tmp_path, monkeypatch, capsys)
         file.unlink()
     said = []
     monkeypatch.setattr(
-        logging.get_logger("unirefiner_hf.training.base"), "warning", said.append
+        logging.get_logger("unirefiner_hf.loading.base"), "warning", said.append
     )
     assert load_base(ModelArguments(str(base))).text_side is None
     assert len(said) == 1 and "without text" in said[0] and "no tokenizer" in said[0]
@@ -190,7 +190,7 @@ def test_a_missing_tokenizer_is_told_at_the_start(tmp_path, monkeypatch, capsys)
 def test_towers_without_text_are_as_before(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(
-        logging.get_logger("unirefiner_hf.training.base"), "warning", said.append
+        logging.get_logger("unirefiner_hf.loading.base"), "warning", said.append
     )
     folder = save_tiny_tower(tmp_path / "dino")
     assert load_base(ModelArguments(str(folder))).text_side is None and not said

@@ -26,18 +26,18 @@ from tests.publishing.conftest import (
 from tests.publishing.test_card import EVALUATION
 from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.cli import main
-from unirefiner_hf.images import preprocess
-from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import load_tower
-from unirefiner_hf.publishing import merge
-from unirefiner_hf.publishing.card import card_from_record
-from unirefiner_hf.publishing.merge import (
+from unirefiner_hf.data.images import preprocess
+from unirefiner_hf.export import checkpoint as merge
+from unirefiner_hf.export.card import card_from_record
+from unirefiner_hf.export.checkpoint import (
     ExportError,
     export_refined,
     merge_adapter,
     resized_processor,
 )
-from unirefiner_hf.publishing.run_folder import RunFolderError, merge_run
+from unirefiner_hf.export.run_folder import RunFolderError, merge_run
+from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.modeling.towers import load_tower
 
 FRESH = """
 import importlib.abc, sys

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unirefiner_hf.publishing.reload_check import (
+from unirefiner_hf.export.reload_check import (
     ReloadError,
     check_reload,
     encode,
     example_pixels,
 )
-from unirefiner_hf.publishing.run_folder import export_run, load_refined, read_run
+from unirefiner_hf.export.run_folder import export_run, load_refined, read_run
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.conftest import make_tiny_tower
+from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import UniRefinerObjective
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.refinement.objective import UniRefinerObjective
-from unirefiner_hf.refinement.settings import UniRefinerSettings
-from unirefiner_hf.training.lora import add_adapter
 
 
 def make_objective(

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.conftest import FAMILIES, make_tiny_tower
+from unirefiner_hf.methods import losses
+from unirefiner_hf.methods.distillation import PlainDistillation
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import FILTERS, LOSS_TERMS, UniRefinerObjective
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.refinement import losses
-from unirefiner_hf.refinement.objective import FILTERS, LOSS_TERMS, UniRefinerObjective
-from unirefiner_hf.refinement.plain_distillation import PlainDistillation
-from unirefiner_hf.refinement.settings import UniRefinerSettings
 
 
 def images(batch=2, height=24, width=24):

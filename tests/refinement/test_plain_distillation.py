@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.refinement.conftest import make_objective
-from unirefiner_hf.refinement.plain_distillation import PlainDistillation
-from unirefiner_hf.refinement.settings import PLAIN_FIELDS, UniRefinerSettings
+from unirefiner_hf.methods.distillation import PlainDistillation
+from unirefiner_hf.methods.settings import PLAIN_FIELDS, UniRefinerSettings
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_an_unchanged_student_meets_its_teacher(plain):
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
     crop_all = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(2, 3, 4)
-    from unirefiner_hf.refinement import plain_distillation
+    from unirefiner_hf.methods import distillation as plain_distillation
 
     original = plain_distillation.views.propose_crops
     plain_distillation.views.propose_crops = lambda *_: crop_all

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unirefiner_hf.refinement.views import crop_maps, crop_tokens, propose_crops
+from unirefiner_hf.methods.views import crop_maps, crop_tokens, propose_crops
 
 
 def test_crops_lie_inside_with_the_drawn_area_and_aspect():

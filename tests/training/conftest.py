@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BitImageProcessorPil
 
 from tests.conftest import make_tiny_tower
-from unirefiner_hf.refinement.settings import UniRefinerSettings
+from unirefiner_hf.methods.settings import UniRefinerSettings
 from unirefiner_hf.training.arguments import (
     DataArguments,
     ModelArguments,

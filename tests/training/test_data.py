@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from unirefiner_hf.images import ImageError
-from unirefiner_hf.training.data import build_dataset, collate, sample_images
+from unirefiner_hf.data.images import ImageError
+from unirefiner_hf.data.unlabelled import build_dataset, collate, sample_images
 
 PIXELS = {"image_size": (16, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 

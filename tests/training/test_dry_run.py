@@ -7,15 +7,15 @@ from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
 from benchmarks.memory_check import Case, allocated_bytes, estimated_bytes
 from tests.conftest import ALL_FAMILIES, FAMILIES, make_tiny_tower
+from unirefiner_hf.estimate import dry_run
+from unirefiner_hf.estimate.dry_run import dry_step
+from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.loading.unlocked import UnlockedTower, unlocked_names
+from unirefiner_hf.methods.distillation import PlainDistillation
+from unirefiner_hf.methods.ph_reg import PHReg
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import UniRefinerObjective
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.refinement.objective import UniRefinerObjective
-from unirefiner_hf.refinement.ph_reg import PHReg
-from unirefiner_hf.refinement.plain_distillation import PlainDistillation
-from unirefiner_hf.refinement.settings import UniRefinerSettings
-from unirefiner_hf.refinement.unlocked import UnlockedTower, unlocked_names
-from unirefiner_hf.training import dry_run
-from unirefiner_hf.training.dry_run import dry_step
-from unirefiner_hf.training.lora import add_adapter
 
 aten = torch.ops.aten
 FLASH = "_scaled_dot_product_flash_attention"

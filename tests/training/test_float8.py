@@ -6,19 +6,19 @@ from torch import nn
 
 from tests.conftest import make_tiny_tower
 from tests.training.conftest import save_tiny_tower
-from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.refinement.objective import UniRefinerObjective
-from unirefiner_hf.refinement.settings import UniRefinerSettings
-from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.base import load_base
-from unirefiner_hf.training.float8 import (
+from unirefiner_hf.loading.base import load_base
+from unirefiner_hf.loading.float8 import (
     Float8Error,
     Float8Linear,
     leave_float8,
     to_float8,
     use_float8,
 )
-from unirefiner_hf.training.lora import add_adapter
+from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.training.arguments import ModelArguments
 from unirefiner_hf.training.run import refine
 
 
@@ -89,7 +89,7 @@ def test_queries_and_keys_stay_out():
 def test_a_side_off_the_multiple_is_left_and_counted(monkeypatch):
     tower = make_tiny_tower("siglip_vision_model", hidden_size=24)
     warnings = []
-    logger = "unirefiner_hf.training.float8.logger.warning"
+    logger = "unirefiner_hf.loading.float8.logger.warning"
     monkeypatch.setattr(logger, warnings.append)
     assert use_float8(tower) == 0
     assert "8 of 8 Linear modules stay out of float8" in warnings[0]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.conftest import FAMILIES, make_tiny_tower
+from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import family_of
 from unirefiner_hf.spurious.settings import FilterSettings
@@ -15,8 +16,7 @@ from unirefiner_hf.training.arguments import (
     RefineTrainingArguments,
     scaled_learning_rate,
 )
-from unirefiner_hf.training.lora import add_adapter
-from unirefiner_hf.training.report import compare, figure, join_frame
+from unirefiner_hf.training.before_after import compare, figure, join_frame
 from unirefiner_hf.training.state_tree import (
     load_tree,
     random_states,

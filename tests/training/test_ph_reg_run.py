@@ -11,12 +11,12 @@ from tests.conftest import make_tiny_tower
 from tests.training.conftest import save_tiny_tower
 from tests.training.test_run import DEMANDING, adapter, losses
 from unirefiner_hf.evaluation.checkpoints import check_same_tower, load_checkpoint
+from unirefiner_hf.export.checkpoint import ExportError
+from unirefiner_hf.export.reload_check import check_reload, encode, example_pixels
+from unirefiner_hf.export.run_folder import load_refined, merge_run, read_run
+from unirefiner_hf.loading.base import BaseError
+from unirefiner_hf.methods.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.publishing.merge import ExportError
-from unirefiner_hf.publishing.reload_check import check_reload, encode, example_pixels
-from unirefiner_hf.publishing.run_folder import load_refined, merge_run, read_run
-from unirefiner_hf.refinement.settings import UniRefinerSettings
-from unirefiner_hf.training.base import BaseError
 from unirefiner_hf.training.run import RunError, refine
 from unirefiner_hf.training.trainer import (
     CheckpointError,

@@ -20,11 +20,11 @@ from transformers import AutoModel
 
 from tests.conftest import make_tiny_tower
 from tests.dual_encoders import save_dual_encoder
-from unirefiner_hf.images import ImageError
+from unirefiner_hf.data.images import ImageError
+from unirefiner_hf.export.run_folder import merge_run
+from unirefiner_hf.loading.base import BaseError
 from unirefiner_hf.modeling.text_side import load_text_side
-from unirefiner_hf.publishing.run_folder import merge_run
 from unirefiner_hf.training import trainer as trainer_module
-from unirefiner_hf.training.base import BaseError
 from unirefiner_hf.training.run import Interrupted, RunError, refine
 from unirefiner_hf.training.trainer import CheckpointError, NonFiniteLossError
 
@@ -221,7 +221,7 @@ def test_a_nan_stops_the_run_and_names_the_term(arguments, tmp_path, monkeypatch
     function = {"loss_regu": "refinement_loss", "loss_uni": "register_uniformity_loss"}[
         term
     ]
-    from unirefiner_hf.refinement import losses as loss_terms
+    from unirefiner_hf.methods import losses as loss_terms
 
     calls = []
     original = getattr(loss_terms, function)

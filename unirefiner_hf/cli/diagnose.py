@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..evaluation.checkpoints import Checkpoint
-    from ..refinement.settings import UniRefinerSettings
+    from ..methods.settings import UniRefinerSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: images, labels or checkpoints that do not fit.
     """
+    from ..data.images import ImageError, list_images, load_rgb
+    from ..data.labelled import LabelError, class_labels, pair_folders
     from ..evaluation.arguments import EvaluationArguments
     from ..evaluation.cleanliness import (
         Cleanliness,
@@ -114,8 +116,6 @@ def run(arguments: argparse.Namespace) -> None:
         measure_cleanliness,
     )
     from ..evaluation.compare import load_compared
-    from ..evaluation.labelled_images import LabelError, class_labels, pair_folders
-    from ..images import ImageError, list_images, load_rgb
 
     if arguments.truth is not None:
         _refuse_beside_truth(arguments)
@@ -188,7 +188,7 @@ def _filters_of(recipe: str) -> UniRefinerSettings:
     Raises:
         ValueError: a method without filters, or a recipe that is none.
     """
-    from ..refinement.settings import UniRefinerSettings
+    from ..methods.settings import UniRefinerSettings
     from ..resources import find_recipe
     from ..training.recipe import build_arguments, load_recipe
     from .refine import DATACLASSES

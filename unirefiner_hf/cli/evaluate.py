@@ -11,12 +11,7 @@ from ..evaluation.depth import DepthSettings
 from ..evaluation.segmentation import SegmentationSettings
 from ..evaluation.zero_shot import ZeroShotSettings
 from ..resources import find_recipe
-from ..training.recipe import (
-    Values,
-    build_arguments,
-    expected_values,
-    load_recipe,
-)
+from ..training.recipe import Values, build_arguments, expected_values, load_recipe
 
 GROUPS = {
     "data and output": EvaluationArguments,

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    from ..publishing.run_folder import merge_run
+    from ..export.run_folder import merge_run
 
     folder = merge_run(
         arguments.run,

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    from ..publishing.push import push_run
+    from ..hub.push import push_run
 
     pushed = push_run(
         arguments.run,

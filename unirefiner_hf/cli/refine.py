@@ -5,19 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from ..refinement.settings import UniRefinerSettings
+from ..methods.settings import UniRefinerSettings
 from ..resources import find_recipe
-from ..training.arguments import (
-    DataArguments,
-    ModelArguments,
-    RefineTrainingArguments,
-)
-from ..training.recipe import (
-    Values,
-    build_arguments,
-    expected_values,
-    load_recipe,
-)
+from ..training.arguments import DataArguments, ModelArguments, RefineTrainingArguments
+from ..training.recipe import Values, build_arguments, expected_values, load_recipe
 
 GROUPS = {
     "model": ModelArguments,

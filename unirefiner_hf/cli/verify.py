@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         HubError: the card states no checksums.
     """
-    from ..publishing.verify import verify
+    from ..hub.verify import verify
 
     found = verify(
         arguments.checkpoint,

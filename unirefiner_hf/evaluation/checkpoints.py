@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from ..loading.base import load_processor, takes_final_norm
+from ..loading.starter import NAME as STARTER
+from ..loading.starter import starter_tower
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import load_tower
-from ..starter import NAME as STARTER
-from ..starter import starter_tower
-from ..training.base import load_processor, takes_final_norm
 
 RECORD, MERGED = "run.json", "merged"
 METHOD_NAMES = {

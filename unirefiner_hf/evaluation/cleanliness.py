@@ -45,12 +45,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..images import default_reference, preprocess
+from ..data.images import default_reference, preprocess
+from ..data.labelled import ClassLabels, LabelledImages
 from ..spurious.diagnose import Diagnosis, Yardstick, diagnose
 from ..spurious.settings import FilterSettings
 from .augment import resize_labels
 from .checkpoints import Checkpoint
-from .labelled_images import ClassLabels, LabelledImages
 from .metrics import ConfusionMatrix
 
 SHIFTS = ((0, 1), (1, 0), (1, 2), (2, 1))

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..data.labelled import ClassLabels, LabelledImages, class_labels, open_pairs
 from .arguments import EvaluationArguments
 from .checkpoints import Checkpoint, check_same_tower, load_checkpoint
 from .depth import DepthSettings, evaluate_depth
-from .labelled_images import ClassLabels, LabelledImages, class_labels, open_pairs
 from .metrics import mean_iou_statistic, mean_statistic
 from .report import SegmentationRow, segmentation_report
 from .results import Comparison, Measured, Metric, write_results

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..images import preprocess
+from ..data.images import preprocess
+from ..data.labelled import LabelError, LabelledImages
 from ..spurious.settings import require
 from .augment import distort, normalised, resize_labels
 from .checkpoints import Checkpoint
-from .labelled_images import LabelError, LabelledImages
 from .metrics import DepthErrors, depth_errors
 
 EIGEN_ROWS, EIGEN_COLUMNS = (45, 471), (41, 601)

@@ -23,12 +23,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images import default_reference, preprocess
-from ..refinement.objective import UniRefinerObjective
-from ..refinement.settings import UniRefinerSettings
+from ..data.images import default_reference, preprocess
+from ..loading.lora import add_adapter
+from ..methods.settings import UniRefinerSettings
+from ..methods.unirefiner import UniRefinerObjective
 from ..spurious import detectors, filters, similarity
 from ..spurious.diagnose import middle_layers
-from ..training.lora import add_adapter
 from .checkpoints import Checkpoint
 from .cleanliness import detection_auc
 from .planted import PlantedTruth, dirty_checkpoint, load_rule, planted_truth

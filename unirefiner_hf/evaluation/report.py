@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images import preprocess
+from ..data.images import preprocess
+from ..data.labelled import ClassLabels, LabelledImages
 from ..visualize import fit_pca, pca_rgb
 from .checkpoints import Checkpoint
-from .labelled_images import ClassLabels, LabelledImages
 from .metrics import IGNORE
 from .results import Comparison
 from .segmentation import SegmentationResult

@@ -14,11 +14,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..images import preprocess
+from ..data.images import preprocess
+from ..data.labelled import ClassLabels, LabelledImages
 from ..spurious.settings import require
 from .augment import CropSettings, normalised, resize_labels, training_crop
 from .checkpoints import Checkpoint
-from .labelled_images import ClassLabels, LabelledImages
 from .metrics import IGNORE, ConfusionMatrix, SegmentationScores
 
 FAST_SCALE = 4

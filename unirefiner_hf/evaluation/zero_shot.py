@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..images import preprocess
+from ..data.images import preprocess
+from ..data.labelled import ClassLabels, LabelError, LabelledImages
 from ..modeling.dense_text import check_variant, default_variant, dense_text_features
 from ..modeling.text_side import TextSide, TextSideError, load_text_side
 from ..modeling.towers import image_size_of
 from ..spurious.settings import require
 from .checkpoints import Checkpoint
-from .labelled_images import ClassLabels, LabelError, LabelledImages
 from .segmentation import SegmentationResult, Validation, processes, resized, slide
 from .zero_shot_sets import IMAGENET, SETS, TEMPLATES, Names, WordSet
 

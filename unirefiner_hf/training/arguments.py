@@ -1,6 +1,6 @@
 """What a recipe sets: the tower, the images, and the training.
 
-The method's own hyper-parameters are in `unirefiner_hf.refinement.settings`.
+The method's own hyper-parameters are in `unirefiner_hf.methods.settings`.
 """
 
 from __future__ import annotations

@@ -19,28 +19,32 @@ from transformers import SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from ..images import default_reference, denormalise, load_rgb, preprocess
+from ..data.images import default_reference, denormalise, load_rgb, preprocess
+from ..data.unlabelled import RefinementStream, build_dataset, collate, sample_images
+from ..export.card import card_from_record
+from ..export.checkpoint import export_refined
+from ..hub.push import push_run
+from ..hub.sync import HubSync, fetch_last_checkpoint
+from ..loading.base import Base, load_base
+from ..loading.float8 import check_float8, leave_float8
+from ..loading.quantized import check_device
+from ..loading.starter import starter_photographs, starter_tower
+from ..methods.distillation import PlainDistillation
+from ..methods.ph_reg import PHReg
+from ..methods.settings import UniRefinerSettings
+from ..methods.unirefiner import UniRefinerObjective
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..publishing.card import card_from_record
-from ..publishing.merge import export_refined
-from ..publishing.push import push_run
-from ..refinement.objective import UniRefinerObjective
-from ..refinement.ph_reg import PHReg
-from ..refinement.plain_distillation import PlainDistillation
-from ..refinement.settings import UniRefinerSettings
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.similarity import gather_tokens
-from ..starter import starter_photographs, starter_tower
 from .arguments import (
     DataArguments,
     ModelArguments,
     RefineTrainingArguments,
     scaled_learning_rate,
 )
-from .base import Base, load_base
+from .before_after import compare, figure
 from .callbacks import Snapshots
 from .compiled import compile_layers
-from .data import RefinementStream, build_dataset, collate, sample_images
 from .distributed import (
     LostProcessError,
     check_launch,
@@ -49,10 +53,6 @@ from .distributed import (
     lost_contact,
     wait_for_all,
 )
-from .float8 import check_float8, leave_float8
-from .hub_sync import HubSync, fetch_last_checkpoint
-from .quantized import check_device
-from .report import compare, figure
 from .trainer import (
     CheckpointError,
     RefinementTrainer,

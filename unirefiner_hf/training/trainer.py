@@ -21,13 +21,13 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..data.unlabelled import RefinementStream
+from ..loading.unlocked import UnlockedTower
+from ..methods import ph_reg
+from ..methods.unirefiner import FILTERS, LOSS_TERMS, UniRefinerObjective
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..refinement import ph_reg
-from ..refinement.objective import FILTERS, LOSS_TERMS, UniRefinerObjective
-from ..refinement.unlocked import UnlockedTower
 from .arguments import RefineTrainingArguments
 from .callbacks import GracefulStop, RefinementProgress
-from .data import RefinementStream
 from .distributed import (
     batch_seed,
     gather_named,

@@ -21,8 +21,8 @@ PRELOADED = [
     "unirefiner_hf.cli.push",
     "unirefiner_hf.cli.verify",
     "unirefiner_hf.cli.refine",
-    "unirefiner_hf.publishing.push",
-    "unirefiner_hf.publishing.verify",
+    "unirefiner_hf.hub.push",
+    "unirefiner_hf.hub.verify",
     "unirefiner_hf.training.run",
     "tests.hub.commands.verbs",
 ]
@@ -135,8 +135,8 @@ def command(
     if cwd is not None:
         os.chdir(cwd)
     from unirefiner_hf.cli import main
-    from unirefiner_hf.publishing import push
-    from unirefiner_hf.publishing.reload_check import ReloadReport
+    from unirefiner_hf.export.reload_check import ReloadReport
+    from unirefiner_hf.hub import push
 
     if not proved:
         push.check_reload = lambda *args, **options: ReloadReport(0.0, {})

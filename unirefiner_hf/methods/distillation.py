@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import losses, views
-from .objective import UniRefinerObjective
+from .unirefiner import UniRefinerObjective
 
 
 class PlainDistillation(UniRefinerObjective):

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from transformers import SiglipImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..loading.unlocked import UnlockedTower
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
-from ..refinement.unlocked import UnlockedTower
 from ..training.trainer import save_adapter
 from .card import CardData, render_card
 from .digests import weight_digests

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from ..evaluation.results import FILE as EVALUATION
 from ..evaluation.results import read_results
-from ..refinement.settings import UniRefinerSettings
-from ..starter import NAME as STARTER
+from ..loading.base import Base, load_base
+from ..loading.starter import NAME as STARTER
+from ..methods.settings import UniRefinerSettings
 from ..training.arguments import ModelArguments
-from ..training.base import Base, load_base
 from ..training.trainer import (
     ADAPTER_WEIGHTS,
     CheckpointError,
@@ -26,7 +26,7 @@ from ..training.trainer import (
     read_refiner_state,
 )
 from .card import card_from_record
-from .merge import ADAPTER, SHARD_SIZE, export_refined
+from .checkpoint import ADAPTER, SHARD_SIZE, export_refined
 
 logger = logging.get_logger(__name__)
 

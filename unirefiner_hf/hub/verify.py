@@ -7,9 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 
-from .card import METADATA
-from .digests import is_of_training, sha256
-from .hub import HubError, with_retries
+from ..export.card import METADATA
+from ..export.digests import is_of_training, sha256
+from .client import HubError, with_retries
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 """Endings of weight files that are not safetensors."""

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..methods.settings import UniRefinerSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -34,13 +35,12 @@ from ..modeling.towers import (
     load_tower,
     tower_config,
 )
-from ..refinement.settings import UniRefinerSettings
-from ..refinement.unlocked import UnlockedTower, unlocked_names
-from ..starter import LICENSE, NAME, starter_tower
-from .arguments import ModelArguments
+from ..training.arguments import ModelArguments
 from .float8 import use_float8
 from .lora import add_adapter
 from .quantized import quantization
+from .starter import LICENSE, NAME, starter_tower
+from .unlocked import UnlockedTower, unlocked_names
 
 logger = logging.get_logger(__name__)
 

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..publishing.card import render_unfinished_card
-from ..publishing.hub import check_ours, remote_state, with_retries
-from .trainer import OWN_PARAMETERS
+from ..export.card import render_unfinished_card
+from ..training.trainer import OWN_PARAMETERS
+from .client import check_ours, remote_state, with_retries
 
 logger = logging.get_logger(__name__)
 

@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging
 
-from .card import METADATA
-from .digests import is_of_training
+from ..export.card import METADATA
+from ..export.digests import is_of_training
 
 if importlib.util.find_spec("httpx2") is not None:
     from httpx2 import TransportError

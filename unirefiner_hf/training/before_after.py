@@ -12,9 +12,9 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
+from ..loading.unlocked import UnlockedTower
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.registers import register_mask
-from ..refinement.unlocked import UnlockedTower
 from ..spurious.diagnose import Diagnosis, diagnose
 from ..spurious.settings import FilterSettings
 from ..visualize import FigureRow, before_after_figure

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .modeling.modeling_unirefiner import UniRefinerModel
+from ..modeling.modeling_unirefiner import UniRefinerModel
 
 ONE_SHAPE = {
     "radio": "its position embeddings are cropped by whichever side is longer",

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..images import MIN_SIDE, ImageError, list_images, load_rgb, preprocess
+from .images import MIN_SIDE, ImageError, list_images, load_rgb, preprocess
 
 Sample = dict[str, Any]
 SHUFFLE_BUFFER = 1000

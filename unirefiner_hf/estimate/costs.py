@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..refinement.settings import UniRefinerSettings
+from ..loading.base import base_dtype, base_source, framed, tower_without_weights
+from ..loading.float8 import float8_linears
+from ..loading.quantized import BYTES, layer_linears
+from ..methods.settings import UniRefinerSettings
+from ..training.arguments import ModelArguments, RefineTrainingArguments
+from ..training.run import OBJECTIVES
 from . import dry_run
-from .arguments import ModelArguments, RefineTrainingArguments
-from .base import base_dtype, base_source, framed, tower_without_weights
 from .devices import Device
 from .dry_run import StepCost, dry_step
-from .float8 import float8_linears
-from .quantized import BYTES, layer_linears
-from .run import OBJECTIVES
 
 STRATEGIES = ("ddp", "zero2", "zero3")
 NO_GRADIENT = {*dry_run.PASSES} - {dry_run.STUDENT}

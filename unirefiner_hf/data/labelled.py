@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..images import list_images, load_rgb
-from ..training.data import source_of
-from .metrics import IGNORE
+from ..evaluation.metrics import IGNORE
+from .images import list_images, load_rgb
+from .unlabelled import source_of
 
 MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")
 
@@ -348,7 +348,7 @@ def _open_table(
 ) -> LabelledImages:
     import datasets
 
-    from ..training.data import load_table
+    from .unlabelled import load_table
 
     table = load_table(data, root, None, split, streaming=False)
     for column in (image_column, label_column):

@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..refinement.ph_reg_settings import PHRegSettings
-from ..refinement.settings import PLAIN_FIELDS
+from ..methods.ph_reg_settings import PHRegSettings
+from ..methods.settings import PLAIN_FIELDS
 from ..resources import resource_folder
 
 TEMPLATE = "card.md.jinja"

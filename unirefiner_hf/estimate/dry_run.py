@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..methods.settings import UniRefinerSettings
+from ..methods.unirefiner import UniRefinerObjective
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import layers_of
-from ..refinement.objective import UniRefinerObjective
-from ..refinement.settings import UniRefinerSettings
 
 aten = torch.ops.aten
 _FLASH = "_scaled_dot_product_flash_attention"

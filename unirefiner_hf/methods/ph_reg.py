@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..loading.unlocked import UnlockedTower
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from .objective import UniRefinerObjective
 from .shifted_views import draw_views, make_view, mean_over_views
-from .unlocked import UnlockedTower
+from .unirefiner import UniRefinerObjective
 
 LOSS_TERMS = ("loss_cosine", "loss_mse")
 

@@ -21,8 +21,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..export.checkpoint import SHARD_SIZE
+from ..export.reload_check import ReloadReport, check_reload, encode, example_pixels
+from ..export.run_folder import export_run, load_refined, read_run
 from ..modeling.text_side import TEXT
-from .hub import (
+from .client import (
     HubError,
     RemoteState,
     TransportError,
@@ -31,9 +34,6 @@ from .hub import (
     remote_state,
     with_retries,
 )
-from .merge import SHARD_SIZE
-from .reload_check import ReloadReport, check_reload, encode, example_pixels
-from .run_folder import export_run, load_refined, read_run
 
 logger = logging.get_logger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..images import default_reference, preprocess
+from ..data.images import default_reference, preprocess
+from ..loading.base import Base
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..resources import PACKAGE
-from ..training.base import Base
 from . import fresh_process
 
 RELOAD_LIMIT = 1e-3

@@ -1,0 +1,1 @@
+"""What a refinement will take, counted on tensors without data."""

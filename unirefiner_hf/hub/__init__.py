@@ -1,0 +1,1 @@
+"""The Hub: a run in progress, a published model, and the proof that it is whole."""
