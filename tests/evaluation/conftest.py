@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from tests.training.conftest import save_tiny_tower
-from unirefiner_hf.loading.base import load_base
+from unirefiner_hf.loading.adapter import save_adapter
+from unirefiner_hf.loading.backbone import load_base
 from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.trainer import save_adapter
 
 COLOURS = np.array([[30, 30, 30], [220, 60, 40], [40, 90, 220]], dtype=np.uint8)
 

@@ -29,8 +29,8 @@ from unirefiner_hf.evaluation.planted import (
     load_rule,
     planted_truth,
 )
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.spurious import filters, similarity
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "dirty"
@@ -193,7 +193,7 @@ def test_what_is_told_is_what_training_rejects(planter, monkeypatch):
         match_to_full_image=False,
     )
     torch.manual_seed(1)
-    objective = UniRefinerObjective(model, settings, torch.randn(1, 3, 24, 24)).eval()
+    objective = UniRefiner(model, settings, torch.randn(1, 3, 24, 24)).eval()
     pixels = torch.randn(2, 3, 24, 24)
     truth = planted_truth(pixels, 4)
     step = filter_step(objective, pixels, 1, truth)

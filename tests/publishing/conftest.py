@@ -19,9 +19,9 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from tests.conftest import make_tiny_tower
+from unirefiner_hf.loading.adapter import save_adapter
 from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.training.trainer import save_adapter
 
 SIZE = 24
 

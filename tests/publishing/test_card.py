@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from tests.hub.card_rules import validate_card
 from tests.publishing.conftest import make_record
 from unirefiner_hf.export.card import card_from_record, render_card
-from unirefiner_hf.export.run_folder import merge_run
+from unirefiner_hf.export.merge import merge
 from unirefiner_hf.modeling.towers import FAMILIES
 from unirefiner_hf.resources import PACKAGE, resource_folder
 
@@ -240,7 +240,7 @@ def test_the_example_is_what_the_template_gives():
 def published(save_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     _, run, base = save_run()
-    return merge_run(run, tmp_path / "tiny-tower-unirefined", model=str(base))
+    return merge(run, tmp_path / "tiny-tower-unirefined", model=str(base))
 
 
 def test_no_path_and_no_token_is_given_away(published, tmp_path):
@@ -263,7 +263,7 @@ def test_the_code_runs_as_pasted(published, save_run, native, tmp_path):
     if native:
         name = published.name
         _, run, base = (None, tmp_path / "run", tmp_path / "tiny-tower")
-        published = merge_run(
+        published = merge(
             run, tmp_path / name, model=str(base), native=True, overwrite=True
         )
     card = (published / "README.md").read_text()

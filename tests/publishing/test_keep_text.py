@@ -19,9 +19,9 @@ from unirefiner_hf import dense_text_features, load_text_side
 from unirefiner_hf.cli import main
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.export.digests import weight_digests
-from unirefiner_hf.export.run_folder import merge_run
+from unirefiner_hf.export.merge import merge
 from unirefiner_hf.hub.verify import verify
-from unirefiner_hf.loading.base import BaseError, load_base
+from unirefiner_hf.loading.backbone import BackboneError, load_base
 from unirefiner_hf.resources import PACKAGE
 from unirefiner_hf.training.arguments import ModelArguments
 
@@ -57,7 +57,7 @@ def merged(tmp_path_factory):
     made = {}
     for kind in ALL:
         model, run, base = save_dual_run(root / kind.replace(" ", "-"), kind)
-        made[kind] = model, base, merge_run(run, run / "merged", model=str(base))
+        made[kind] = model, base, merge(run, run / "merged", model=str(base))
     return made
 
 
@@ -176,7 +176,7 @@ def test_a_missing_tokenizer_is_told_at_the_start(tmp_path, monkeypatch, capsys)
     )
     assert load_base(ModelArguments(str(base))).text_side is None
     assert len(said) == 1 and "without text" in said[0] and "no tokenizer" in said[0]
-    with pytest.raises(BaseError, match="keep_text is true.*has no tokenizer"):
+    with pytest.raises(BackboneError, match="keep_text is true.*has no tokenizer"):
         load_base(ModelArguments(str(base), keep_text=True))
     record = json.loads((run / "run.json").read_text())
     record["model"]["keep_text"] = True
@@ -194,7 +194,7 @@ def test_towers_without_text_are_as_before(tmp_path, monkeypatch):
     )
     folder = save_tiny_tower(tmp_path / "dino")
     assert load_base(ModelArguments(str(folder))).text_side is None and not said
-    with pytest.raises(BaseError, match="keep_text is true.*it is a dinov2"):
+    with pytest.raises(BackboneError, match="keep_text is true.*it is a dinov2"):
         load_base(ModelArguments(str(folder), keep_text=True))
     save_eva_clip(tmp_path / "eva", use_rms_norm=True)
     assert load_base(ModelArguments(str(tmp_path / "eva"))).text_side is None

@@ -35,7 +35,7 @@ from unirefiner_hf.export.checkpoint import (
     merge_adapter,
     resized_processor,
 )
-from unirefiner_hf.export.run_folder import RunFolderError, merge_run
+from unirefiner_hf.export.run_folder import RunFolderError, merge
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
 
@@ -111,7 +111,7 @@ def test_lower_precision_is_cast_after_the_merge(tmp_path):
 
 def test_every_file_is_readable_by_whom_the_others_are(save_run, tmp_path):
     _, run, base = save_run("dinov2")
-    folder = merge_run(run, tmp_path / "merged", model=str(base))
+    folder = merge(run, tmp_path / "merged", model=str(base))
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
     assert len(modes) == 1
 
@@ -234,7 +234,7 @@ def test_merging_a_run_twice_gives_the_same_bytes(family, save_run, tmp_path):
     model, run, base = save_run(family)
     expected = tokens(model)
     for name in ("one", "two"):
-        merge_run(run, tmp_path / name, model=str(base))
+        merge(run, tmp_path / name, model=str(base))
     one, two = tmp_path / "one", tmp_path / "two"
     assert contents(one) == contents(two)
     assert (one / "before_after.png").is_file()
@@ -245,7 +245,7 @@ def test_merging_a_run_twice_gives_the_same_bytes(family, save_run, tmp_path):
 
 def test_peft_loads_the_adapter_on_the_base(family, save_run, tmp_path):
     model, run, base = save_run(family)
-    folder = merge_run(run, tmp_path / "m", model=str(base))
+    folder = merge(run, tmp_path / "m", model=str(base))
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "example-lab/tiny-tower"
     tower = PeftModel.from_pretrained(load_tower(base), folder, subfolder="adapter")
@@ -256,7 +256,7 @@ def test_peft_loads_the_adapter_on_the_base(family, save_run, tmp_path):
 
 def test_the_card_states_the_sha256_of_every_weight_file(save_run, tmp_path):
     _, run, base = save_run()
-    folder = merge_run(run, tmp_path / "m", model=str(base), max_shard_size="20KB")
+    folder = merge(run, tmp_path / "m", model=str(base), max_shard_size="20KB")
     stated = ModelCard.load(folder / "README.md").data["unirefiner"]["weights"]
     files = {f.relative_to(folder).as_posix() for f in folder.rglob("*.safetensors")}
     assert stated.keys() == files and len(files) > 3
@@ -266,7 +266,7 @@ def test_the_card_states_the_sha256_of_every_weight_file(save_run, tmp_path):
 
 def test_a_sharded_model_loads(save_run, tmp_path):
     model, run, base = save_run()
-    folder = merge_run(run, tmp_path / "m", model=str(base), max_shard_size="20KB")
+    folder = merge(run, tmp_path / "m", model=str(base), max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").is_file()
     loaded = AutoModel.from_pretrained(folder)
     torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-5, rtol=0)
@@ -274,7 +274,7 @@ def test_a_sharded_model_loads(save_run, tmp_path):
 
 def test_the_learnable_frame_comes_along(save_run, tmp_path):
     model, run, base = save_run(model__register_fill="learnable")
-    loaded = AutoModel.from_pretrained(merge_run(run, tmp_path / "m", model=str(base)))
+    loaded = AutoModel.from_pretrained(merge(run, tmp_path / "m", model=str(base)))
     assert torch.equal(loaded.register_patch, model.register_patch)
     torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-5, rtol=0)
 
@@ -294,18 +294,18 @@ def test_an_evaluation_comes_along_where_it_fits(save_run, tmp_path):
     (run / "merged").mkdir()
     content = json.dumps({"format": 1, "entries": [EVALUATION]})
     (run / "merged" / "evaluation.json").write_text(content)
-    folder = merge_run(run, tmp_path / "same", model=str(base))
+    folder = merge(run, tmp_path / "same", model=str(base))
     assert (folder / "evaluation.json").read_text() == content
     assert "Stamp Scenes" in (folder / "README.md").read_text()
-    wider = merge_run(run, tmp_path / "wide", model=str(base), register_width=3)
+    wider = merge(run, tmp_path / "wide", model=str(base), register_width=3)
     assert "Stamp Scenes" not in (wider / "README.md").read_text()
-    early = merge_run(run / "checkpoint-20", tmp_path / "early", model=str(base))
+    early = merge(run / "checkpoint-20", tmp_path / "early", model=str(base))
     assert "Stamp Scenes" not in (early / "README.md").read_text()
 
 
 def test_a_checkpoint_tells_its_own_step_and_no_final_numbers(save_run, tmp_path):
     _, run, base = save_run()
-    folder = merge_run(run / "checkpoint-20", tmp_path / "m", model=str(base))
+    folder = merge(run / "checkpoint-20", tmp_path / "m", model=str(base))
     card = (folder / "README.md").read_text()
     assert "**Steps:** 20 on 2 CPU cores" in card
     assert "Nothing was measured." in card and "Last losses" not in card
@@ -325,11 +325,11 @@ def test_a_checkpoint_of_an_unfinished_run_takes_the_training_frame(save_run, tm
     del record["losses"], record["spurious_shares"]
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunFolderError, match="not finished.*checkpoint-20"):
-        merge_run(run, tmp_path / "m", model=str(base))
-    folder = merge_run(run / "checkpoint-20", tmp_path / "m", model=str(base))
+        merge(run, tmp_path / "m", model=str(base))
+    folder = merge(run / "checkpoint-20", tmp_path / "m", model=str(base))
     config = json.loads((folder / "config.json").read_text())
     assert config["register_width"] == 2  # 24 px / patch 4 / factor 3
-    folder = merge_run(
+    folder = merge(
         run / "checkpoint-20", tmp_path / "wide", model=str(base), register_width=4
     )
     assert json.loads((folder / "config.json").read_text())["register_width"] == 4
@@ -341,7 +341,7 @@ def test_the_wrong_base_is_refused_by_name(save_run, tmp_path):
     make_tiny_tower("dinov2", layers=3).save_pretrained(other)
     make_processor("dinov2").save_pretrained(other)
     with pytest.raises(RunFolderError) as caught:
-        merge_run(run, tmp_path / "m", model=str(other))
+        merge(run, tmp_path / "m", model=str(other))
     for part in ("other-tower", "example-lab/tiny-tower", "adapter", "differ"):
         assert part in str(caught.value)
     assert not (tmp_path / "m").exists()
@@ -352,15 +352,15 @@ def test_a_local_base_has_to_be_named(save_run, tmp_path):
     with pytest.raises(
         RunFolderError, match="local model called 'tiny-tower'.*--model"
     ):
-        merge_run(run, tmp_path / "m")
+        merge(run, tmp_path / "m")
 
 
 def test_what_is_no_run_is_refused(save_run, tmp_path):
     _, run, base = save_run()
     with pytest.raises(RunFolderError, match="is not a run"):
-        merge_run(tmp_path, tmp_path / "m", model=str(base))
+        merge(tmp_path, tmp_path / "m", model=str(base))
     with pytest.raises(RunFolderError, match="checkpoint-99 holds no adapter"):
-        merge_run(run / "checkpoint-99", tmp_path / "m", model=str(base))
+        merge(run / "checkpoint-99", tmp_path / "m", model=str(base))
 
 
 def test_the_verb(save_run, tmp_path, capsys):

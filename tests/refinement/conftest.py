@@ -10,14 +10,14 @@ import torch
 
 from tests.conftest import make_tiny_tower
 from unirefiner_hf.loading.lora import add_adapter
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 
 def make_objective(
     family: str = "dinov2", *, fill: str = "zero", **settings: Any
-) -> UniRefinerObjective:
+) -> UniRefiner:
     """An objective on a tiny tower whose adapter is not at its neutral start."""
     torch.manual_seed(0)
     tower = make_tiny_tower(family)
@@ -28,10 +28,10 @@ def make_objective(
             torch.nn.init.normal_(parameter, std=0.05)
     settings.setdefault("ah_layers", [0, 1])
     reference = torch.randn(1, 3, 24, 24)
-    return UniRefinerObjective(model, UniRefinerSettings(**settings), reference).train()
+    return UniRefiner(model, UniRefinerSettings(**settings), reference).train()
 
 
 @pytest.fixture
-def objective() -> Callable[..., UniRefinerObjective]:
+def objective() -> Callable[..., UniRefiner]:
     """Factory of tiny objectives; see `make_objective`."""
     return make_objective

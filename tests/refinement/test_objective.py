@@ -5,9 +5,9 @@ import torch
 
 from tests.conftest import FAMILIES, make_tiny_tower
 from unirefiner_hf.methods import losses
-from unirefiner_hf.methods.distillation import PlainDistillation
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import FILTERS, LOSS_TERMS, UniRefinerObjective
+from unirefiner_hf.methods.distillation.objective import Distillation
+from unirefiner_hf.methods.unirefiner import FILTERS, LOSS_TERMS, UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 
@@ -243,7 +243,7 @@ def test_negatives_are_of_the_image_or_of_the_crop(
     for negatives in (None, "image", "crop"):
         step = objective(match_to_full_image=match, negatives=negatives)
         if method == "plain":
-            step = PlainDistillation(step.model, step.settings, step.reference)
+            step = Distillation(step.model, step.settings, step.reference)
         torch.manual_seed(2)
         step(images())
     targets, (unset, image, crop) = zip(*seen, strict=True)
@@ -264,7 +264,7 @@ def test_with_no_clean_token_all_count(objective):
 def test_a_tower_without_adapter_is_refused():
     model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
     with pytest.raises(TypeError, match="adapter"):
-        UniRefinerObjective(model, UniRefinerSettings(), torch.randn(1, 3, 24, 24))
+        UniRefiner(model, UniRefinerSettings(), torch.randn(1, 3, 24, 24))
 
 
 def test_layers_the_tower_lacks_are_refused(objective):

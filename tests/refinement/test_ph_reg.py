@@ -6,14 +6,14 @@ import torch
 
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
 from unirefiner_hf.loading.unlocked import UnlockedTower, unlocked_names
-from unirefiner_hf.methods.ph_reg import PHReg
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.shifted_views import (
+from unirefiner_hf.methods.ph_reg.objective import PHReg
+from unirefiner_hf.methods.ph_reg.shifted_views import (
     View,
     draw_views,
     make_view,
     mean_over_views,
 )
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import FAMILIES as TABLE
 
@@ -154,7 +154,7 @@ def test_the_teacher_is_the_old_tower_over_its_views(monkeypatch):
         seen.append(draw(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr("unirefiner_hf.methods.ph_reg.draw_views", watched)
+    monkeypatch.setattr("unirefiner_hf.methods.ph_reg.objective.draw_views", watched)
     found = objective.denoised(pixels)
     assert len(seen) == 2 and seen[0] != seen[1]
     tower = make_tiny_tower("dinov2")

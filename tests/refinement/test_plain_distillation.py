@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.refinement.conftest import make_objective
-from unirefiner_hf.methods.distillation import PlainDistillation
+from unirefiner_hf.methods.distillation.objective import Distillation
 from unirefiner_hf.methods.settings import PLAIN_FIELDS, UniRefinerSettings
 
 
@@ -16,7 +16,7 @@ def plain():
 
     def make(**settings):
         other = make_objective(**settings)
-        return PlainDistillation(
+        return Distillation(
             other.model, other.settings, other.reference, channel_mask=None
         ).train()
 

@@ -20,13 +20,18 @@ from transformers import AutoModel
 
 from tests.conftest import make_tiny_tower
 from tests.dual_encoders import save_dual_encoder
+from tests.training.conftest import refine
 from unirefiner_hf.data.images import ImageError
-from unirefiner_hf.export.run_folder import merge_run
-from unirefiner_hf.loading.base import BaseError
+from unirefiner_hf.export.merge import merge
+from unirefiner_hf.loading.backbone import BackboneError
 from unirefiner_hf.modeling.text_side import load_text_side
 from unirefiner_hf.training import trainer as trainer_module
-from unirefiner_hf.training.run import Interrupted, RunError, refine
-from unirefiner_hf.training.trainer import CheckpointError, NonFiniteLossError
+from unirefiner_hf.training.trainer import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteLossError,
+    RunError,
+)
 
 # Dropout on, a schedule that moves, accumulation: what a resume must bring back.
 DEMANDING = {
@@ -52,7 +57,7 @@ def adapter(run):
     "frame", [{"register_fill": "learnable"}, {"inference_register_width": 1}]
 )
 def test_plain_distillation_takes_no_frame(arguments, frame):
-    with pytest.raises(BaseError, match="method plain: it trains without a frame"):
+    with pytest.raises(BackboneError, match="method plain: it trains without a frame"):
         refine(*arguments(model=frame, method={"method": "plain"}))
 
 
@@ -65,7 +70,7 @@ def test_plain_distillation_leaves_a_model_without_a_frame(arguments, tower_fold
     assert "loss_uni" not in record["losses"]
     for folder in (run, run / "checkpoint-2"):
         output = run / f"again-{folder.name}"
-        merged = merge_run(folder, output, model=str(tower_folder))
+        merged = merge(folder, output, model=str(tower_folder))
         assert AutoModel.from_pretrained(merged).config.register_width == 0
 
 
@@ -150,7 +155,7 @@ KILLED = """
     from unirefiner_hf.refinement.settings import UniRefinerSettings
     from unirefiner_hf.training import trainer
     from unirefiner_hf.training.arguments import *
-    from unirefiner_hf.training.run import refine
+    from tests.training.conftest import refine
 
     model, data, method, training = json.loads(sys.argv[1])
     save = trainer.save_tree
@@ -381,7 +386,7 @@ def test_an_unreadable_image_is_counted_and_named(arguments, image_folder, tmp_p
 
 @pytest.mark.parametrize("size,message", [(25, "24 or 28"), (3, "4 or 8")])
 def test_a_size_off_the_patch_grid_is_refused(arguments, size, message):
-    with pytest.raises(BaseError, match=message):
+    with pytest.raises(BackboneError, match=message):
         refine(*arguments(model={"image_size": size}))
 
 
@@ -403,7 +408,7 @@ def test_a_tower_not_in_the_table_is_refused(arguments, tmp_path, tower_folder):
 def test_a_tower_without_its_processor_is_refused(arguments, tmp_path):
     make_tiny_tower("vit").save_pretrained(tmp_path / "private-vit")
     with pytest.raises(
-        BaseError, match="private-vit has no usable preprocessor_config"
+        BackboneError, match="private-vit has no usable preprocessor_config"
     ):
         refine(*arguments(model={"model": str(tmp_path / "private-vit")}))
 

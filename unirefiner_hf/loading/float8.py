@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..errors import UniRefinerError
 from ..modeling.towers import family_of
 from .quantized import layer_linears
 
@@ -25,7 +26,7 @@ MULTIPLE = 16
 """Both sides of a weight have to be multiples of this for the GPU's product."""
 
 
-class Float8Error(ValueError):
+class Float8Error(UniRefinerError):
     """Float8 products are not to be had here."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..errors import UniRefinerError
 from ..modeling.towers import family_of
 
 
@@ -26,7 +27,7 @@ def unlocked_names(tower: PreTrainedModel) -> list[str]:
     family.check_register_tokens(config)
     parameters = dict(tower.named_parameters())
     if family.positions not in parameters:
-        raise ValueError(
+        raise UniRefinerError(
             f"This {config.model_type} tower was built without {family.positions}, the "
             "position embedding that PH-Reg trains."
         )

@@ -15,8 +15,8 @@ from tests.dual_encoders import save_dual_run
 from tests.hub.commands.verbs import ALICE, BOB, REPO, refused, succeed
 from tests.hub.conftest import make_hub
 from tests.publishing.conftest import make_record, make_refined, pixels
+from unirefiner_hf.loading.adapter import save_adapter
 from unirefiner_hf.resources import PACKAGE
-from unirefiner_hf.training.trainer import save_adapter
 
 LOAD = """
 import sys
