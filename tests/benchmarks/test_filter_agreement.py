@@ -1,6 +1,7 @@
 """The filters held against planted truth, and the command that tells it."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from unirefiner_hf.data.images import load_rgb
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.methods.settings import UniRefinerSettings
 from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.spurious import filters, similarity
 
 
@@ -235,3 +237,9 @@ def test_a_defect_keeps_its_traceback(tower_folder, planter, tmp_path, monkeypat
     words = [str(tower_folder), "--images", str(photos), "--truth", str(planter[0])]
     with pytest.raises(ZeroDivisionError, match="ours"):
         filter_agreement.main(words)
+
+
+def test_a_plot_without_matplotlib_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UniRefinerError, match="pip install matplotlib"):
+        plot_truth({}, 0.3)
