@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from unirefiner_hf.loading.lora import lora_targets
-from unirefiner_hf.methods.unirefiner import TeacherViews, UniRefiner
+from unirefiner_hf.methods.unirefiner.objective import TeacherViews, UniRefiner
 from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
@@ -120,6 +120,7 @@ def build(reading: str, options: argparse.Namespace) -> UniRefiner:
         no_grad_batch=options.no_grad_batch,
     )
     reference = torch.randn(1, 3, options.size, options.size)
+    objective: UniRefiner
     if teacher is not None:
         objective = PlainObjective(model, teacher, settings, reference)
     else:
@@ -204,7 +205,7 @@ def matrix_rate(device: str, dtype: torch.dtype, side: int = 2048) -> float:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Every reading, rounds alternating."""
     context = multiprocessing.get_context("spawn")
-    readings = {}
+    readings: dict[str, tuple[Any, Any, dict[str, float], list[float]]] = {}
     for name in (PLAIN, OURS, RECOMPUTING):
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(name, options, theirs))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.refinement.conftest import make_objective
-from unirefiner_hf.methods.unirefiner import FILTERS, LOSS_TERMS
+from unirefiner_hf.methods.unirefiner.objective import FILTERS, LOSS_TERMS
 
 TERMS = set(LOSS_TERMS)
 REST = {"theta", "clean_ratio", *FILTERS}

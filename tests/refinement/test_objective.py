@@ -6,7 +6,7 @@ import torch
 from tests.conftest import FAMILIES, make_tiny_tower
 from unirefiner_hf.methods import losses
 from unirefiner_hf.methods.distillation.objective import Distillation
-from unirefiner_hf.methods.unirefiner import FILTERS, LOSS_TERMS, UniRefiner
+from unirefiner_hf.methods.unirefiner.objective import FILTERS, LOSS_TERMS, UniRefiner
 from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
