@@ -3,19 +3,23 @@
 import copy
 import dataclasses
 import difflib
+import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from transformers.utils import logging
 
+from .errors import MissingLibraryError, UniRefinerError
+
 try:
     from huggingface_hub.dataclasses import strict
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.backbone_utils import BackboneConfigMixin
     from transformers.configuration_utils import SubConfigSpec
 except ImportError as error:
-    raise ImportError(
+    raise MissingLibraryError(
         f"This model needs transformers 5.20 or newer, here is {transformers.__version__}: "
         "pip install -U transformers"
     ) from error
@@ -46,6 +50,8 @@ _STANDARD_KEYS = {
 
 logger = logging.get_logger(__name__)
 
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
 
 def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     """What a config class takes beyond transformers' own fields."""
@@ -62,6 +68,27 @@ def nearest_field(config_class: type[PreTrainedConfig], name: str) -> str | None
     return nearest[0] if nearest else None
 
 
+def refusing(config_class: type[Config]) -> type[Config]:
+    """Have all that a config refuses be a `UniRefinerError`, whoever found it.
+
+    transformers checks types, stages and the model type of a part with errors of its own.
+    """
+    build = config_class.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            build(self, *args, **kwargs)
+        except UniRefinerError:
+            raise
+        except (ValueError, StrictDataclassError) as problem:
+            raise UniRefinerError(f"{config_class.__name__}: {problem}") from problem
+
+    config_class.__init__ = checked  # type: ignore[method-assign]
+    return config_class
+
+
+@refusing
 @strict
 class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of `UniRefinerModel` and `UniRefinerBackbone`.
@@ -92,7 +119,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     ``stage1``, ... one per layer; the last one if none is named.
 
     Raises:
-        ValueError: an unknown argument (names the nearest valid one), a register
+        UniRefinerError: an unknown argument (names the nearest valid one), a register
             setting out of range, or a file written by a later format.
     """
 
@@ -168,20 +195,20 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_settings(self) -> None:
         if self.register_width < 0:
-            raise ValueError(
+            raise UniRefinerError(
                 f"register_width is {self.register_width}; it must be 0 or more patches."
             )
         if self.num_register_tokens < 0:
-            raise ValueError(
+            raise UniRefinerError(
                 f"num_register_tokens is {self.num_register_tokens}; it must be 0 or more."
             )
         if self.register_fill not in FILLS:
-            raise ValueError(
+            raise UniRefinerError(
                 f"register_fill is {self.register_fill!r}; "
                 f"choose one of {', '.join(FILLS)}."
             )
         if self.format_version > FORMAT_VERSION:
-            raise ValueError(
+            raise UniRefinerError(
                 f"format_version is {self.format_version}, this version of the code "
                 f"reads up to {FORMAT_VERSION}: pip install -U unirefiner_hf."
             )
@@ -198,11 +225,11 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
                 continue
             nearest = nearest_field(UniRefinerConfig, name)
             if nearest is not None:
-                raise ValueError(
+                raise UniRefinerError(
                     f"UniRefinerConfig has no field {name!r}; did you mean {nearest!r}?"
                 )
             if self.transformers_version is None:
-                raise ValueError(
+                raise UniRefinerError(
                     f"UniRefinerConfig has no field {name!r}; "
                     f"its fields are {', '.join(sorted(own_fields(UniRefinerConfig)))}."
                 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
+from .errors import UniRefinerError
 from .modeling_unirefiner import UniRefinerModel
 from .towers import FAMILIES, _part, family_of, layers_of
 
@@ -36,12 +37,12 @@ def variants_of(config: PreTrainedConfig) -> tuple[str, ...]:
     """The variants a tower with this vision config has.
 
     Raises:
-        ValueError: a tower that was not trained with text, or has no published reading.
+        UniRefinerError: a tower that was not trained with text, or has no published reading.
     """
     reading = family_of(config).text_reading
     if reading is None:
         known = ", ".join(name for name, f in FAMILIES.items() if f.text_reading)
-        raise ValueError(
+        raise UniRefinerError(
             f"A {config.model_type} tower has no text side that its patch tokens can be "
             f"compared with. Towers that have: {known}."
         )
@@ -58,11 +59,11 @@ def check_variant(config: PreTrainedConfig, variant: str) -> None:
     """Refuse a variant the tower does not have.
 
     Raises:
-        ValueError: names the variant and those there are; or as `variants_of`.
+        UniRefinerError: names the variant and those there are; or as `variants_of`.
     """
     known = variants_of(config)
     if variant not in known:
-        raise ValueError(
+        raise UniRefinerError(
             f"variant is {variant!r}; a {config.model_type} tower has {', '.join(known)}."
         )
 
@@ -105,7 +106,7 @@ def dense_text_features(
         ``(batch, patches, projection)`` in raster order, not normalised.
 
     Raises:
-        ValueError: a variant the family does not have, a CLIP tower without a fitting
+        UniRefinerError: a variant the family does not have, a CLIP tower without a fitting
             `projection`, a SigLIP tower without pooling head, a sigma that is not
             positive, or as in `UniRefinerModel.forward`.
     """
@@ -113,11 +114,11 @@ def dense_text_features(
     variant = default_variant(config) if variant is None else variant
     check_variant(config, variant)
     if sigma <= 0:
-        raise ValueError(f"sigma is {sigma}; it must be positive.")
+        raise UniRefinerError(f"sigma is {sigma}; it must be positive.")
     family = model.family
     if family.text_reading == HEAD:
         if not family.pools_over_patches(config):
-            raise ValueError(
+            raise UniRefinerError(
                 "This SigLIP tower has no pooling head (vision_use_head is false), and "
                 "only that head reaches the space of the text."
             )
@@ -125,13 +126,13 @@ def dense_text_features(
         head = _part(model.tower, str(family.pooling_head))
         return _value_path(head, passed.image(passed.output.last_hidden_state))
     if projection is None:
-        raise ValueError(
+        raise UniRefinerError(
             f"A {config.model_type} tower needs projection, the visual_projection of its "
             "dual encoder: load_text_side(...).projection."
         )
     width = getattr(projection, "in_features", config.hidden_size)
     if width != config.hidden_size:
-        raise ValueError(
+        raise UniRefinerError(
             f"projection takes {width} channels, the tower's tokens have "
             f"{config.hidden_size}: it is that of another dual encoder."
         )

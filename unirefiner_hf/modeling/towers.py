@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,6 +25,7 @@ from transformers.utils import logging
 
 from .configuration_eva_clip import EvaClipVisionConfig
 from .configuration_intern_vit import InternViTConfig
+from .errors import UniRefinerError
 from .modeling_eva_clip import EvaClipVisionModel
 from .modeling_intern_vit import InternViTModel
 
@@ -36,6 +39,10 @@ _OWN = {
     EvaClipVisionConfig.model_type: EvaClipVisionModel,
     InternViTConfig.model_type: InternViTModel,
 }
+
+# What transformers, the Hub and safetensors raise for what was named or asked for: no such
+# model, another format, a damaged file, an attention or a library that is not there.
+_REFUSALS = (OSError, ValueError, ImportError, StrictDataclassError, SafetensorError)
 
 EMBEDDINGS = "embeddings"
 """Path of the module, in every family, whose output goes to the layers."""
@@ -123,10 +130,10 @@ class TowerFamily:
         """Refuse a tower that takes no learned register tokens.
 
         Raises:
-            ValueError: names the reason.
+            UniRefinerError: names the reason.
         """
         if self.positions is None:
-            raise ValueError(
+            raise UniRefinerError(
                 f"A {config.model_type} tower takes no register tokens (PH-Reg): "
                 f"{self.no_register_tokens}. UniRefiner's frame goes with every tower."
             )
@@ -508,13 +515,13 @@ def family_of(config: PreTrainedConfig) -> TowerFamily:
     """The family of a vision config, or of the vision half of an image-text config.
 
     Raises:
-        ValueError: the model type is not in the table; names it and the table.
+        UniRefinerError: the model type is not in the table; names it and the table.
     """
     model_type = DUAL_ENCODERS.get(config.model_type, config.model_type)
     if model_type not in FAMILIES:
         supported = ", ".join(sorted([*FAMILIES, *DUAL_ENCODERS]))
         reason = REFUSED.get(model_type)
-        raise ValueError(
+        raise UniRefinerError(
             f"model_type {config.model_type!r} is not a supported vision tower"
             f"{f': {reason}' if reason else ''}. Supported: {supported}."
         )
@@ -525,13 +532,15 @@ def patch_size_of(config: PreTrainedConfig) -> int:
     """Side of a patch in pixels.
 
     Raises:
-        ValueError: patches that are not square.
+        UniRefinerError: patches that are not square.
     """
     size = config.patch_size
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
-        raise ValueError(f"patch_size is {size}; only square patches are supported.")
+        raise UniRefinerError(
+            f"patch_size is {size}; only square patches are supported."
+        )
     return size[0]
 
 
@@ -552,22 +561,39 @@ def tower_config(
     """Config of a checkpoint; published EVA-CLIP and InternViT give those of this package.
 
     Raises:
-        ValueError: a variant of them that is not supported.
+        UniRefinerError: no such checkpoint, a config that cannot be read, an unknown
+            model type, or a variant of those two that is not supported.
     """
-    published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
-    for kind in (EvaClipVisionConfig, InternViTConfig):
-        if kind.describes(published):
-            return kind.from_published(published)
-    return AutoConfig.from_pretrained(
-        name_or_path, revision=revision, trust_remote_code=trust_remote_code
-    )
+    with translated(f"{name_or_path} cannot be loaded"):
+        published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+        for kind in (EvaClipVisionConfig, InternViTConfig):
+            if kind.describes(published):
+                return kind.from_published(published)
+        return AutoConfig.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Make what transformers and the Hub refuse inside a `UniRefinerError`.
+
+    Args:
+        what: names what was asked for, and that it cannot be had.
+    """
+    try:
+        yield
+    except UniRefinerError:
+        raise
+    except _REFUSALS as problem:
+        raise UniRefinerError(f"{what}: {problem}") from problem
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """A tower with fresh weights, without the pooler its family leaves out.
 
     Raises:
-        ValueError: an unsupported family or variant.
+        UniRefinerError: an unsupported family or variant.
     """
     family = family_of(config)
     _check_requirements(config, family)
@@ -652,8 +678,9 @@ def load_tower(
         trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
-        ValueError: an unsupported family, weights that are pickled, or weights that are
-            missing from the checkpoint, have another shape, or belong to no known part.
+        UniRefinerError: no such checkpoint, an unsupported family, weights that are
+            pickled, damaged, missing from the checkpoint, of another shape or of no known
+            part, or an attention or quantisation that is not there.
     """
     config = tower_config(
         name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -667,35 +694,33 @@ def load_tower(
     # Other parts are left out on purpose; the check below replaces the report.
     logging.set_verbosity_error()
     try:
-        tower, report = AutoModel.from_pretrained(
-            name_or_path,
-            config=vision,
-            revision=revision,
-            dtype="auto" if dtype is None else dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **_build_options(family),
-        )
-    except OSError as problem:
-        if "safetensors" not in str(problem) and "model.bin" not in str(problem):
-            raise
-        raise ValueError(
-            f"{name_or_path} holds no safetensors, and pickled weights can run code. "
-            "Convert them once: for each .bin file, "
-            "safetensors.torch.save_file(torch.load(file, weights_only=True), "
-            "file_with_safetensors_ending, metadata={'format': 'pt'}), and rename the "
-            f"files in the index likewise. ({problem})"
-        ) from problem
+        with (
+            translated(f"{name_or_path} cannot be loaded"),
+            _without_pickle(name_or_path),
+        ):
+            tower, report = AutoModel.from_pretrained(
+                name_or_path,
+                config=vision,
+                revision=revision,
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization_config,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below
+                output_loading_info=True,
+                **_build_options(family),
+            )
     finally:
         logging.set_verbosity(verbosity)
     prefix = f"{tower.base_model_prefix}."
     unknown = {str(key).removeprefix(prefix) for key in report["unexpected_keys"]}
     problems = {
         "missing": sorted(report["missing_keys"]),
-        "of another shape": sorted(str(key) for key in report["mismatched_keys"]),
+        "of another shape": sorted(
+            f"{key}: {tuple(given)}, not {tuple(needed)}"
+            for key, given, needed in report["mismatched_keys"]
+        ),
         "unknown": sorted(
             key
             for key in unknown
@@ -709,12 +734,29 @@ def load_tower(
             for what, keys in problems.items()
             if keys
         )
-        raise ValueError(
+        raise UniRefinerError(
             f"{name_or_path} does not fit {type(tower).__name__}: {listed}. "
             "Use the checkpoint of a vision tower as it was published."
         )
     check_tower(tower)
     return tower
+
+
+@contextmanager
+def _without_pickle(name_or_path: str) -> Iterator[None]:
+    """Tell how to convert a checkpoint that has no safetensors."""
+    try:
+        yield
+    except OSError as problem:
+        if "safetensors" not in str(problem) and "model.bin" not in str(problem):
+            raise
+        raise UniRefinerError(
+            f"{name_or_path} holds no safetensors, and pickled weights can run code. "
+            "Convert them once: for each .bin file, "
+            "safetensors.torch.save_file(torch.load(file, weights_only=True), "
+            "file_with_safetensors_ending, metadata={'format': 'pt'}), and rename the "
+            f"files in the index likewise. ({problem})"
+        ) from problem
 
 
 def _build_options(family: TowerFamily) -> dict[str, Any]:
@@ -724,7 +766,7 @@ def _build_options(family: TowerFamily) -> dict[str, Any]:
 def _check_requirements(config: PreTrainedConfig, family: TowerFamily) -> None:
     for field, value, reason in family.requires:
         if getattr(config, field) != value:
-            raise ValueError(
+            raise UniRefinerError(
                 f"a {config.model_type} with {field}={getattr(config, field)} is not "
                 f"supported: {reason}."
             )
@@ -743,7 +785,7 @@ def check_tower(tower: PreTrainedModel) -> None:
     """Probe that a live tower is built as its family's table entry says.
 
     Raises:
-        ValueError: a part is not where the table says; names what was looked for.
+        UniRefinerError: a part is not where the table says; names what was looked for.
     """
     config = tower.config
     family = family_of(config)
@@ -751,7 +793,7 @@ def check_tower(tower: PreTrainedModel) -> None:
     _check_requirements(config, family)
     layers = layers_of(tower, family)
     if len(layers) != config.num_hidden_layers:
-        raise ValueError(
+        raise UniRefinerError(
             f"{type(tower).__name__} has {len(layers)} layers at {family.layers!r}, "
             f"its config says num_hidden_layers={config.num_hidden_layers}."
         )
@@ -784,13 +826,13 @@ def record_queries_keys(
         compiled layer would not call the hooks.
 
     Raises:
-        ValueError: a layer the tower does not have.
+        UniRefinerError: a layer the tower does not have.
     """
     family = family_of(tower.config)
     blocks = layers_of(tower, family)
     wrong = [layer for layer in layers if not 0 <= layer < len(blocks)]
     if wrong:
-        raise ValueError(
+        raise UniRefinerError(
             f"no layer {wrong[0]} in a tower of {len(blocks)} layers "
             f"(0 to {len(blocks) - 1})."
         )
@@ -890,13 +932,13 @@ def layers_of(tower: nn.Module, family: TowerFamily) -> nn.ModuleList:
         tower: it may be wrapped by a Peft adapter.
 
     Raises:
-        ValueError: the tower has no such list; says what is there.
+        UniRefinerError: the tower has no such list; says what is there.
     """
     # An adapter round the tower has a part named "model" of its own.
     unwrapped = getattr(tower, "get_base_model", lambda: tower)()
     layers = _part(unwrapped, family.layers)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(
+        raise UniRefinerError(
             f"{family.layers!r} of {type(tower).__name__} is a "
             f"{type(layers).__name__}, expected a list of layers."
         )
@@ -904,11 +946,11 @@ def layers_of(tower: nn.Module, family: TowerFamily) -> nn.ModuleList:
 
 
 def _part(module: nn.Module, path: str) -> nn.Module:
-    """The submodule at `path`, or a ValueError that says what was looked for."""
+    """The submodule at `path`, or a UniRefinerError that says what was looked for."""
     try:
         return module.get_submodule(path)
     except AttributeError as error:
-        raise ValueError(
+        raise UniRefinerError(
             f"{type(module).__name__} has no module {path!r}, which the table of "
             f"families expects ({error})."
         ) from error
@@ -933,4 +975,5 @@ __all__ = [
     "settle_tower",
     "tower_config",
     "tower_inputs",
+    "translated",
 ]
