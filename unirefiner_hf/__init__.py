@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .auto_registration import register
 
 if TYPE_CHECKING:
+    from .evaluation.metric_modules import load_metric, metric_path
     from .modeling.configuration_pyramid import UniRefinerPyramidConfig
     from .modeling.configuration_unirefiner import UniRefinerConfig
     from .modeling.dense_text import dense_text_features
@@ -28,7 +29,9 @@ _HOMES = {
     "UniRefinerModel": ".modeling.modeling_unirefiner",
     "UniRefinerBackbone": ".modeling.modeling_unirefiner",
     "dense_text_features": ".modeling.dense_text",
+    "load_metric": ".evaluation.metric_modules",
     "load_text_side": ".modeling.text_side",
+    "metric_path": ".evaluation.metric_modules",
     "UniRefinerPyramid": ".modeling.modeling_pyramid",
     "UniRefinerPyramidConfig": ".modeling.configuration_pyramid",
     "load_tower": ".modeling.towers",
@@ -42,8 +45,10 @@ __all__ = [
     "UniRefinerPyramid",
     "UniRefinerPyramidConfig",
     "dense_text_features",
+    "load_metric",
     "load_text_side",
     "load_tower",
+    "metric_path",
     "save_remote_code",
 ]
 
