@@ -14,11 +14,11 @@ from .auto_registration import register
 if TYPE_CHECKING:
     from .estimation.estimate import Estimate, estimate
     from .evaluation.arguments import EvaluationArguments
+    from .evaluation.metric_modules import load_metric, metric_path
     from .export.merge import Merged, merge
     from .export.onnx import export_onnx, export_program
     from .hub.push import Pushed, push
     from .hub.verify import Verified, verify
-    from .loading.backbone import load_backbone
     from .methods.distillation.settings import DistillationSettings
     from .methods.ph_reg.settings import PHRegSettings
     from .methods.unirefiner.settings import UniRefinerSettings
@@ -38,74 +38,35 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "DistillationSettings": ".methods.distillation.settings",
-    "Estimate": ".estimation.estimate",
-    "EvaluationArguments": ".evaluation.arguments",
-    "Merged": ".export.merge",
-    "PHRegSettings": ".methods.ph_reg.settings",
-    "Pushed": ".hub.push",
-    "Recipe": ".training.recipe",
-    "Refined": ".training.refine",
-    "UniRefinerArguments": ".training.arguments",
-    "UniRefinerBackbone": ".modeling.modeling_unirefiner",
-    "UniRefinerConfig": ".modeling.configuration_unirefiner",
-    "UniRefinerError": ".modeling.errors",
-    "UniRefinerModel": ".modeling.modeling_unirefiner",
-    "UniRefinerPyramid": ".modeling.modeling_pyramid",
-    "UniRefinerPyramidConfig": ".modeling.configuration_pyramid",
-    "UniRefinerSettings": ".methods.unirefiner.settings",
-    "UniRefinerTrainer": ".training.trainer",
-    "Verified": ".hub.verify",
-    "dense_text_features": ".modeling.dense_text",
-    "estimate": ".estimation.estimate",
-    "export_onnx": ".export.onnx",
-    "export_program": ".export.onnx",
-    "load_backbone": ".loading.backbone",
-    "load_recipe": ".training.recipe",
-    "load_text_side": ".modeling.text_side",
-    "load_tower": ".modeling.towers",
-    "merge": ".export.merge",
-    "push": ".hub.push",
-    "refine": ".training.refine",
-    "save_remote_code": ".modeling.remote_code",
-    "verify": ".hub.verify",
+_PUBLIC = {
+    ".estimation.estimate": ("Estimate", "estimate"),
+    ".evaluation.arguments": ("EvaluationArguments",),
+    ".evaluation.metric_modules": ("load_metric", "metric_path"),
+    ".export.merge": ("Merged", "merge"),
+    ".export.onnx": ("export_onnx", "export_program"),
+    ".hub.push": ("Pushed", "push"),
+    ".hub.verify": ("Verified", "verify"),
+    ".methods.distillation.settings": ("DistillationSettings",),
+    ".methods.ph_reg.settings": ("PHRegSettings",),
+    ".methods.unirefiner.settings": ("UniRefinerSettings",),
+    ".modeling.configuration_pyramid": ("UniRefinerPyramidConfig",),
+    ".modeling.configuration_unirefiner": ("UniRefinerConfig",),
+    ".modeling.dense_text": ("dense_text_features",),
+    ".modeling.errors": ("UniRefinerError",),
+    ".modeling.modeling_pyramid": ("UniRefinerPyramid",),
+    ".modeling.modeling_unirefiner": ("UniRefinerBackbone", "UniRefinerModel"),
+    ".modeling.remote_code": ("save_remote_code",),
+    ".modeling.text_side": ("load_text_side",),
+    ".modeling.towers": ("load_tower",),
+    ".training.arguments": ("UniRefinerArguments",),
+    ".training.recipe": ("Recipe", "load_recipe"),
+    ".training.refine": ("Refined", "refine"),
+    ".training.trainer": ("UniRefinerTrainer",),
 }
-"""Public name -> the module that holds it, imported at its first use."""
+"""Module -> its public names; a module is imported when a name of it is used first."""
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "DistillationSettings",
-    "Estimate",
-    "EvaluationArguments",
-    "Merged",
-    "PHRegSettings",
-    "Pushed",
-    "Recipe",
-    "Refined",
-    "UniRefinerArguments",
-    "UniRefinerBackbone",
-    "UniRefinerConfig",
-    "UniRefinerError",
-    "UniRefinerModel",
-    "UniRefinerPyramid",
-    "UniRefinerPyramidConfig",
-    "UniRefinerSettings",
-    "UniRefinerTrainer",
-    "Verified",
-    "dense_text_features",
-    "estimate",
-    "export_onnx",
-    "export_program",
-    "load_backbone",
-    "load_recipe",
-    "load_text_side",
-    "load_tower",
-    "merge",
-    "push",
-    "refine",
-    "save_remote_code",
-    "verify",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
