@@ -33,7 +33,7 @@ from unirefiner_hf.cli import main as unirefiner
 from unirefiner_hf.data.labelled import class_labels
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
-from unirefiner_hf.evaluation.compare import open_splits
+from unirefiner_hf.evaluation.tasks import open_splits
 from unirefiner_hf.evaluation.planted import (
     ADAPTER_WEIGHTS,
     dirty_checkpoint,

@@ -1,201 +1,150 @@
-"""One self-contained HTML page of an evaluation."""
+"""What a result looks like: one table as data, printed as Markdown or as an HTML page."""
 
 from __future__ import annotations
 
 import base64
-import colorsys
-import html
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
-import torch
 from PIL import Image
 
-from ..data.images import preprocess
-from ..data.labelled import ClassLabels, LabelledImages
-from ..visualize import fit_pca, pca_rgb
-from .checkpoints import Checkpoint
-from .metrics import IGNORE
-from .results import Comparison
-from .segmentation import SegmentationResult
+from .outputs import write_whole
 
 CELL = 200
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem;
-       padding: 0 1rem; color: #1e1e1e; }
-table { border-collapse: collapse; margin: 1rem 0; }
-td, th { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left; }
-.row { display: flex; gap: .5rem; flex-wrap: wrap; margin-bottom: .5rem; }
-figure { margin: 0; } figcaption { font-size: 12px; }
-img { width: 200px; display: block; image-rendering: pixelated; }
-.bar { height: .7rem; background: #2878e6; }
-.key span { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem; }
-"""
+"""Width of a picture on the page in pixels; it is stored up to twice as large."""
+TEMPLATE = "report.html.jinja"
+Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class SegmentationRow:
-    """A checkpoint and what was measured of it."""
+class Table:
+    """Heads of the columns, and the cells of each row."""
 
-    checkpoint: Checkpoint
-    result: SegmentationResult
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """Markdown whose columns are aligned, so that it reads as it stands."""
+        lines = [
+            [cell.replace("|", "\\|") for cell in row]
+            for row in (self.heads, *self.rows)
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = []
+        for line in lines:
+            cells = [cell.ljust(w) for cell, w in zip(line, widths, strict=True)]
+            text.append(f"| {' | '.join(cells)} |")
+        text.insert(1, "".join(f"|{'-' * (width + 2)}" for width in widths) + "|")
+        return "\n".join(text)
 
 
-def palette(classes: int) -> np.ndarray:
-    """Colours ``(256, 3)`` uint8: class 0 dark, the others round the wheel; 255 white."""
-    colours = np.full((256, 3), 128, dtype=np.uint8)
-    colours[0] = (40, 40, 40)
-    for number in range(1, min(classes, IGNORE)):
-        hue = (number * 0.381966) % 1
-        rgb = colorsys.hsv_to_rgb(hue, 0.75, 0.9)
-        colours[number] = [round(255 * part) for part in rgb]
-    colours[IGNORE] = 255
-    return colours
+@dataclass(frozen=True)
+class Figure:
+    """A picture and the words below it.
 
-
-def segmentation_report(
-    comparison: Comparison,
-    images: LabelledImages,
-    classes: ClassLabels,
-    rows: Sequence[SegmentationRow],
-    size: int,
-    count: int = 4,
-) -> str:
-    """Table, IoU of each class, predictions beside the truth, principal components.
-
-    Args:
-        images: the measured pairs; the first `count` are shown.
-        size: side in pixels at which components are drawn.
+    Attributes:
+        data: a PNG file in base64.
     """
-    parts = [
-        f"<h1>{html.escape(comparison.dataset)}: {html.escape(comparison.task)}</h1>",
-        _table(comparison),
-        f"<h2>IoU of each class{', mean over seeds' if comparison.probes else ''}</h2>",
-        _bars(rows, classes),
-        f"<h2>Predictions{' of the first probe seed' if comparison.probes else ''}</h2>",
-        _key(classes),
-        *_predictions(images, classes, rows, count),
-        "<h2>Principal components of the tokens</h2>",
-        "<p>Each checkpoint has its own basis, fitted on the images shown.</p>",
-        *_components(images, [row.checkpoint for row in rows], size, count),
-    ]
-    title = html.escape(f"{comparison.dataset}, {comparison.protocol}")
-    return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}"
-        f"</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+
+    caption: str
+    data: str
+
+    @classmethod
+    def of(cls, pixels: np.ndarray | Image.Image, caption: str) -> Figure:
+        """From an image or ``(height, width, 3)``; a large one is scaled down."""
+        image = pixels
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(np.ascontiguousarray(image.astype(np.uint8)))
+        if max(image.size) > 2 * CELL:
+            image = image.copy()
+            image.thumbnail((2 * CELL, 2 * CELL), Image.Resampling.BICUBIC)
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        return cls(caption, base64.b64encode(stream.getvalue()).decode())
 
 
-def _table(comparison: Comparison) -> str:
-    out: list[str] = []
-    rows: list[str] = []
-    for line in comparison.table().splitlines():
-        if line.startswith("|---"):
-            continue
-        if line.startswith("|"):
-            cells = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
-            tag = "td" if rows else "th"
-            rows.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
-        elif line:
-            if rows:
-                out.append(_rows(rows))
-                rows = []
-            out.append(f"<p>{html.escape(line)}</p>")
-    if rows:
-        out.append(_rows(rows))
-    return "".join(out)
+@dataclass(frozen=True)
+class Bars:
+    """Shares drawn as bars: for each row a name and its shares, None for never seen."""
+
+    heads: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[float | None]]]
 
 
-def _rows(rows: Sequence[str]) -> str:
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+@dataclass(frozen=True)
+class Section:
+    """A part of the page below the table; what is empty is left out.
+
+    Attributes:
+        key: what colours stand for.
+        rows: pictures beside each other.
+    """
+
+    title: str
+    text: str = ""
+    bars: Bars | None = None
+    key: Sequence[tuple[Colour, str]] = ()
+    rows: Sequence[Sequence[Figure]] = ()
 
 
-def _bars(rows: Sequence[SegmentationRow], classes: ClassLabels) -> str:
-    heads = "".join(f"<th>{html.escape(row.checkpoint.name)}</th>" for row in rows)
-    lines = [f"<th></th>{heads}"]
-    means = [
-        np.mean([scores.iou for scores in row.result.scores], axis=0) for row in rows
-    ]
-    for number, name in enumerate(classes.names):
-        cells = []
-        for mean in means:
-            share = float(mean[number])
-            if np.isnan(share):
-                cells.append("<td>never seen</td>")
-                continue
-            bar = f"<div class='bar' style='width:{120 * share:.0f}px'></div>"
-            cells.append(f"<td>{100 * share:.1f} %{bar}</td>")
-        lines.append(f"<td>{html.escape(name)}</td>{''.join(cells)}")
-    return _rows(lines)
+@dataclass(frozen=True)
+class Page:
+    """Everything a result says; Markdown has no title and no sections.
+
+    Attributes:
+        lead: paragraphs before the table.
+        notes: paragraphs after it.
+    """
+
+    title: str
+    table: Table
+    lead: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    sections: Sequence[Section] = field(default=(), repr=False)
+
+    def to_markdown(self) -> str:
+        """Lead, table and notes."""
+        return "\n\n".join([*self.lead, self.table.to_markdown(), *self.notes])
+
+    def to_html(self) -> str:
+        """One file that needs no other and no network."""
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            keep_trailing_newline=True,
+        )
+        return environment.get_template(TEMPLATE).render(page=self)
 
 
-def _key(classes: ClassLabels) -> str:
-    colours = palette(len(classes))
-    spans = [
-        f"<span style='background:rgb{tuple(int(x) for x in colours[number])}'></span>"
-        f"{html.escape(name)}"
-        for number, name in enumerate(classes.names)
-    ]
-    return f"<p class='key'>{''.join(spans)}</p>"
+class Result(ABC):
+    """What a public function returns: it prints as a table."""
 
+    @abstractmethod
+    def page(self) -> Page:
+        """What it says, as data."""
 
-def _predictions(
-    images: LabelledImages,
-    classes: ClassLabels,
-    rows: Sequence[SegmentationRow],
-    count: int,
-) -> list[str]:
-    colours = palette(len(classes))
-    lines = []
-    for number in range(min(count, len(images))):
-        image, values = images.pair(number)
-        label = classes.read(values, images.names[number])
-        cells = [
-            _figure(np.asarray(image), images.names[number]),
-            _figure(colours[label], "truth"),
-        ]
-        for row in rows:
-            prediction = row.result.predictions[number]
-            cells.append(_figure(colours[prediction], row.checkpoint.name))
-        lines.append(f"<div class='row'>{''.join(cells)}</div>")
-    return lines
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Its numbers, ready for JSON."""
 
+    def to_markdown(self) -> str:
+        """Its table as Markdown, with what has to be said before and after."""
+        return self.page().to_markdown()
 
-def _components(
-    images: LabelledImages, checkpoints: Sequence[Checkpoint], size: int, count: int
-) -> list[str]:
-    count = min(count, len(images))
-    pictures = [images.pair(number)[0] for number in range(count)]
-    columns = [[_figure(np.asarray(p), "image") for p in pictures]]
-    for checkpoint in checkpoints:
-        side = checkpoint.side(size)
-        pixels = [
-            preprocess(p, (side, side), checkpoint.mean, checkpoint.std)
-            for p in pictures
-        ]
-        device = checkpoint.model.device
-        maps = checkpoint.feature_map(torch.stack(pixels).to(device)).cpu()
-        grid = (maps.shape[2], maps.shape[3])
-        tokens = maps.flatten(2).transpose(1, 2)
-        drawn = pca_rgb(tokens, grid, fit_pca(tokens))
-        columns.append([_figure(cell, checkpoint.name) for cell in drawn])
-    return [
-        f"<div class='row'>{''.join(column[number] for column in columns)}</div>"
-        for number in range(count)
-    ]
+    def save_html(self, path: str | Path) -> Path:
+        """Write one self-contained page, with the pictures there are.
 
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        return write_whole(path, self.page().to_html())
 
-def _figure(pixels: np.ndarray, caption: str) -> str:
-    image = Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)))
-    if max(image.size) > 2 * CELL:
-        image.thumbnail((2 * CELL, 2 * CELL), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    data = base64.b64encode(stream.getvalue()).decode()
-    text = html.escape(caption)
-    return (
-        f"<figure><img alt='{text}' src='data:image/png;base64,{data}'>"
-        f"<figcaption>{text}</figcaption></figure>"
-    )
+    def __str__(self) -> str:
+        return self.to_markdown()

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..modeling.errors import UniRefinerError
+
 
 def require(settings: Any, name: str, ok: bool, rule: str) -> None:
-    """Raise a ValueError that names the field, its value and the rule it breaks."""
+    """Raise a UniRefinerError that names the field, its value and the rule it breaks."""
     if not ok:
-        raise ValueError(f"{name} is {getattr(settings, name)!r}; it must be {rule}.")
+        raise UniRefinerError(
+            f"{name} is {getattr(settings, name)!r}; it must be {rule}."
+        )
 
 
 @dataclass
