@@ -13,15 +13,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..modeling.errors import UniRefinerError
-
 MIN_SIDE = 16
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2"}
 )
 
 
-class ImageError(UniRefinerError):
+class ImageError(ValueError):
     """An image cannot be used; the message names it and the reason."""
 
 

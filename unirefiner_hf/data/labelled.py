@@ -12,14 +12,13 @@ import numpy as np
 from PIL import Image
 
 from ..evaluation.metrics import IGNORE
-from ..modeling.errors import UniRefinerError
 from .images import list_images, load_rgb
 from .unlabelled import source_of
 
 MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")
 
 
-class LabelError(UniRefinerError):
+class LabelError(ValueError):
     """Labels are missing or wrong; the message names the file and the value."""
 
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..modeling.errors import UniRefinerError
-
 
 def require(settings: Any, name: str, ok: bool, rule: str) -> None:
-    """Raise a UniRefinerError that names the field, its value and the rule it breaks."""
+    """Raise a ValueError that names the field, its value and the rule it breaks."""
     if not ok:
-        raise UniRefinerError(
-            f"{name} is {getattr(settings, name)!r}; it must be {rule}."
-        )
+        raise ValueError(f"{name} is {getattr(settings, name)!r}; it must be {rule}.")
 
 
 @dataclass
