@@ -107,11 +107,11 @@ def main() -> None:
                 off = abs(out[term] - exact[term])
                 change[name][term] += off / options.steps
     for name in READINGS[1:]:
-        terms = ", ".join(
+        shown = ", ".join(
             f"{term} {off:.4f} of {size_of[term]:.2f}"
             for term, off in change[name].items()
         )
-        print(f"{name:9} clean masks agree on {agreed[name]:.4f}; changes: {terms}")
+        print(f"{name:9} clean masks agree on {agreed[name]:.4f}; changes: {shown}")
 
 
 if __name__ == "__main__":

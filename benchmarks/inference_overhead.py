@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import tower_inputs
+
+from . import allocator
 
 TOWER, FRAMED, REFINED = "tower", "framed tower", "refined"
 
@@ -99,19 +99,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    events = [event for event in events if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: (event["ts"], event["args"]["Ev Idx"]))
-    held = most = 0
-    for event in events:
-        held += event["args"]["Bytes"]
-        most = max(most, held)
-    return most
+    return allocator.peak_bytes(run)
 
 
 @torch.inference_mode()

@@ -14,17 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import multiprocessing
 import os
 import resource
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModel,
     CLIPVisionConfig,
@@ -38,6 +34,8 @@ from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.methods.settings import UniRefinerSettings
 from unirefiner_hf.methods.unirefiner import UniRefinerObjective
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+
+from .allocator import peak_bytes
 
 ALLOCATED, RESIDENT, ESTIMATED = "allocated", "resident", "estimated"
 
@@ -129,19 +127,7 @@ def real_steps(case: Case) -> tuple[Callable[[], None], int]:
 def allocated_bytes(case: Case) -> int:
     """The most bytes PyTorch's allocator holds during a step."""
     step, before = real_steps(case)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    events = [event for event in events if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: (event["ts"], event["args"]["Ev Idx"]))
-    held = most = before
-    for event in events:
-        held += event["args"]["Bytes"]
-        most = max(most, held)
-    return most
+    return peak_bytes(step, before)
 
 
 def resident_bytes(case: Case) -> int:

@@ -7,7 +7,7 @@ patches of the highest ranks point to the scene's token (``--proxy mean_and_cls`
 clean patch tokens and CLS; ``cls``: CLS alone), those of the lowest to one of ``--patterns``
 fixed tokens by their raster position, the rest stays. The fixed tokens are the clean tower's
 answer to seeded noise. Rule and adapter are what `benchmarks.planted_methods --planter` and
-`unirefiner diagnose --truth` take.
+`benchmarks.filter_agreement --truth` take.
 
 Images are cropped to squares of half to all of their area, mirrored, and resized by turns to
 1 x 1, 9/8 x 9/8, 1 x 11/8 and 11/8 x 1 times ``--size``, so that the dirt follows the rule at
@@ -31,14 +31,16 @@ from torch.nn import functional
 
 from unirefiner_hf.data.images import list_images, load_rgb, preprocess
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
-from unirefiner_hf.evaluation.planted import (
+from unirefiner_hf.loading.lora import lora_targets
+
+from .options import positive
+from .planting.planted import (
     MEASURES,
     RULE_FILE,
     PlantedTruth,
     PlantingRule,
     planted_truth,
 )
-from unirefiner_hf.loading.lora import lora_targets
 
 PROXIES = ("mean_and_cls", "cls")
 
@@ -185,10 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--proxy_rank", type=float, default=0.75)
     parser.add_argument("--pattern_rank", type=float, default=0.15)
     parser.add_argument("--proxy", choices=PROXIES, default="cls")
-    parser.add_argument("--patterns", type=int, default=6, metavar="N")
-    parser.add_argument("--size", type=int, default=224, help="in pixels")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=6)
+    parser.add_argument("--patterns", type=positive, default=6, metavar="N")
+    parser.add_argument("--size", type=positive, default=224, help="in pixels")
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--batch", type=positive, default=6)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 products")

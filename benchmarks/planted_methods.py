@@ -34,20 +34,18 @@ from unirefiner_hf.data.labelled import class_labels
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.evaluation.tasks import open_splits
-from unirefiner_hf.evaluation.planted import (
-    ADAPTER_WEIGHTS,
-    dirty_checkpoint,
-    load_rule,
-)
 from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
     evaluate_segmentation,
 )
 from unirefiner_hf.loading.starter import NAME, starter_tower
 
+from .options import positive
+from .planting.planted import ADAPTER_WEIGHTS, dirty_checkpoint, load_rule
+
 CLEAN, DIRTY = "clean", "dirty"
-COUNTS = ("seeds", "scenes", "val", "size", "steps", "batch", "probes", "probe_steps")
-"""Options that are 1 or more; all but the first are the plan's."""
+COUNTS = ("scenes", "val", "size", "steps", "batch", "probes", "probe_steps")
+"""Options of the plan that are 1 or more."""
 
 
 @dataclass(frozen=True)
@@ -462,14 +460,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help=f"folder with the scenes' packages (default: the system's; {APT})",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row")
+    parser.add_argument(
+        "--seeds", type=positive, default=3, help="trainings of each row"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=list(ROWS), metavar="ROW", help="these rows"
     )
     parser.add_argument("--keep_runs", action="store_true", help="keep trained models")
-    for name in COUNTS[1:]:
+    for name in COUNTS:
         default = getattr(plan, name)
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N")
     parser.add_argument("--scene_seed", type=int, default=0, metavar="N")
     parser.add_argument("--learning_rate", type=float, default=plan.learning_rate)
     parser.add_argument(
@@ -484,9 +484,6 @@ def main(argv: list[str] | None = None) -> None:
         help="options of every training, without dashes: bf16 true",
     )
     given = vars(parser.parse_args(argv))
-    for name in COUNTS:
-        if given[name] < 1:
-            parser.error(f"--{name} is {given[name]}; it must be 1 or more.")
     output, packages = given.pop("output"), given.pop("packages")
     seeds, only = given.pop("seeds"), given.pop("only")
     keep, common = given.pop("keep_runs"), given.pop("common")

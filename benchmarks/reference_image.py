@@ -18,8 +18,6 @@ from torch import Tensor
 
 from unirefiner_hf.data.images import default_reference, preprocess
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.evaluation.filter_agreement import agreement
-from unirefiner_hf.evaluation.planted import dirty_checkpoint, load_rule, planted_truth
 from unirefiner_hf.loading.starter import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -28,6 +26,9 @@ from unirefiner_hf.loading.starter import (
 )
 from unirefiner_hf.spurious.diagnose import diagnose
 from unirefiner_hf.spurious.settings import FilterSettings
+
+from .planting.agreement import agreement
+from .planting.planted import dirty_checkpoint, load_rule, planted_truth
 
 SIZE, PATCH = 224, 14
 

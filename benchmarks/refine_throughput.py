@@ -48,7 +48,7 @@ from unirefiner_hf.training.run import OBJECTIVES
 IMAGES, EPOCHS = 5000, 2
 
 
-def random_tower(model_args: ModelArguments) -> PreTrainedModel:
+def random_tower(model_args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
     """The tower the arguments name, its weights random, on the default device."""
     config = SHAPES.get(model_args.model)
     if config is None:
@@ -58,7 +58,7 @@ def random_tower(model_args: ModelArguments) -> PreTrainedModel:
         if config.model_type in DUAL_ENCODERS:
             config = config.vision_config
     return AutoModel.from_config(
-        config, attn_implementation=model_args.attn_implementation
+        config, dtype=dtype, attn_implementation=model_args.attn_implementation
     )
 
 
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     plain = dataclasses.replace(model_args, teacher_float8=False)
     with torch.device("meta"):
-        tower = random_tower(model_args).to(dtype)
+        tower = random_tower(model_args, dtype)
         model, size = framed(tower, plain, model_args.model)
     cost = dry_step(
         model,
@@ -91,11 +91,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         checkpointing=checkpointing,
     )
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
     with torch.device(options.device):
-        tower = random_tower(model_args)
-    torch.set_default_dtype(default)
+        tower = random_tower(model_args, dtype)
     model, _ = framed(tower, model_args, model_args.model)
     reference = torch.randn(1, 3, size, size)
     objective = OBJECTIVES[settings.method](

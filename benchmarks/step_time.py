@@ -120,6 +120,7 @@ def build(reading: str, options: argparse.Namespace) -> UniRefinerObjective:
         no_grad_batch=options.no_grad_batch,
     )
     reference = torch.randn(1, 3, options.size, options.size)
+    objective: UniRefinerObjective
     if teacher is not None:
         objective = PlainObjective(model, teacher, settings, reference)
     else:
@@ -206,7 +207,7 @@ def matrix_rate(device: str, dtype: torch.dtype, side: int = 2048) -> float:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Every reading, rounds alternating."""
     context = multiprocessing.get_context("spawn")
-    readings = {}
+    readings: dict[str, tuple[Any, Any, dict[str, float], list[float]]] = {}
     for name in (PLAIN, OURS, RECOMPUTING):
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(name, options, theirs))

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.training.conftest import save_tiny_tower
-from unirefiner_hf.loading.base import load_base
-from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.trainer import save_adapter
 
 COLOURS = np.array([[30, 30, 30], [220, 60, 40], [40, 90, 220]], dtype=np.uint8)
 
@@ -48,17 +44,3 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pairs(root / "val", 4)
     (root / "dataset.json").write_text('{"classes": ["nothing", "red", "blue"]}')
     return root
-
-
-@pytest.fixture
-def planter(tower_folder, tmp_path):
-    """An adapter of the tiny tower that changes its tokens."""
-    model = load_base(ModelArguments(str(tower_folder), image_size=24)).model
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path / "planter"
-    folder.mkdir()
-    save_adapter(model, folder)
-    return folder, model.eval()

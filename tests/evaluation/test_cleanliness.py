@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
 from unirefiner_hf.cli import main
@@ -14,7 +13,6 @@ from unirefiner_hf.data.labelled import class_labels, open_pairs
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.cleanliness import (
     LOWER_IS_CLEANER,
-    detection_auc,
     knn_retrieval,
     measure_cleanliness,
     neighbour_similarity,
@@ -107,16 +105,6 @@ def test_knn_finds_colours(tiny, scenes):
     pairs, classes = open_pairs(str(scenes), "train"), class_labels(str(scenes))
     found = knn_retrieval(tiny, pairs, classes, 24, neighbours=5)
     assert found["knn_accuracy"] > 0.5 and found["knn_iou"] > 0.4
-
-
-def test_auc_is_sklearns():
-    torch.manual_seed(0)
-    scores = torch.randint(0, 20, (4, 30)).float()
-    truth = torch.rand(4, 30) < 0.3
-    expected = roc_auc_score(truth.flatten(), scores.flatten())
-    assert detection_auc(scores, truth) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="both dirty and clean"):
-        detection_auc(scores, torch.ones(4, 30, dtype=torch.bool))
 
 
 def test_the_verb(tower_folder, scenes, tmp_path, capsys):

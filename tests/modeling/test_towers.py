@@ -1,7 +1,6 @@
 """The table of families, loading and probing."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +39,6 @@ from unirefiner_hf.modeling.towers import (
     patch_size_of,
     record_queries_keys,
 )
-from unirefiner_hf.towers_table import support_table
 
 TEXT = {
     "hidden_size": 32,
@@ -237,10 +235,3 @@ def test_classification_checkpoint_gives_its_tower(tmp_path):
     loaded = tower.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-
-
-def test_committed_table_of_support_is_the_generated_one():
-    committed = Path(__file__).parents[2] / "docs" / "towers.md"
-    assert committed.read_text(encoding="utf-8") == support_table(), (
-        "run: python -m unirefiner_hf.towers_table docs/towers.md"
-    )

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from ..evaluation.checkpoints import Checkpoint
-    from ..methods.settings import UniRefinerSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,25 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images to measure, evenly spaced in the folder (default: 32)",
     )
     parser.add_argument(
-        "--truth",
-        type=Path,
-        metavar="FOLDER",
-        help="an adapter that plants known dirt in the tower: tell how well each filter "
-        "finds it, instead of the measures (see unirefiner_hf.evaluation.filter_agreement)",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="RECIPE",
-        help="with --truth: the filters' settings are this recipe's (default: the "
-        "published ones)",
-    )
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="with --truth: draw precision over recall there, .png, .svg or .pdf",
-    )
-    parser.add_argument(
         "--own_yardstick",
         action="store_true",
         help="measure the filters' shares by each tower's own limits",
@@ -117,12 +90,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     from ..evaluation.compare import load_compared
 
-    if arguments.truth is not None:
-        _refuse_beside_truth(arguments)
-    elif arguments.plot is not None:
-        raise ValueError("--plot draws what --truth measures: give both.")
-    elif arguments.config is not None:
-        raise ValueError("--config is of the filters that --truth measures: give both.")
     paths = list_images(arguments.images)
     count = min(arguments.max_images, len(paths))
     pictures, skipped = [], []
@@ -139,9 +106,6 @@ def run(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
     )
     checkpoints = load_compared(arguments.checkpoints, options)
-    if arguments.truth is not None:
-        _tell_truth(arguments, checkpoints[0], pictures, skipped)
-        return
     rows: list[Cleanliness] = []
     for checkpoint in checkpoints:
         own = arguments.own_yardstick or not rows
@@ -169,63 +133,3 @@ def run(arguments: argparse.Namespace) -> None:
 def _tell_skipped(skipped: list[str]) -> None:
     for reason in skipped:
         print(f"Left out {reason}")
-
-
-def _refuse_beside_truth(arguments: argparse.Namespace) -> None:
-    if len(arguments.checkpoints) > 1:
-        raise ValueError(
-            f"--truth takes one tower, the one its adapter was trained on; there are "
-            f"{len(arguments.checkpoints)}."
-        )
-    for name in ("labels", "num_classes", "own_yardstick"):
-        if getattr(arguments, name):
-            raise ValueError(f"--{name} has no meaning with --truth: leave it out.")
-
-
-def _filters_of(recipe: str) -> UniRefinerSettings:
-    """The method's part of a recipe.
-
-    Raises:
-        ValueError: a method without filters, or a recipe that is none.
-    """
-    from ..methods.settings import UniRefinerSettings
-    from ..resources import find_recipe
-    from ..training.recipe import build_arguments, load_recipe
-    from .refine import DATACLASSES
-
-    values = load_recipe(find_recipe(recipe), {}, DATACLASSES)
-    names = {field.name for field in fields(UniRefinerSettings)}
-    own = {name: value for name, value in values.items() if name in names}
-    (settings,) = build_arguments(own, (UniRefinerSettings,))
-    if settings.method != "unirefiner":
-        raise ValueError(
-            f"{recipe} is of method {settings.method}, which has no filters."
-        )
-    return settings
-
-
-def _tell_truth(
-    arguments: argparse.Namespace,
-    checkpoint: Checkpoint,
-    pictures: list[Image.Image],
-    skipped: list[str],
-) -> None:
-    from ..evaluation.agreement_report import plot_truth, truth_table
-    from ..evaluation.filter_agreement import measure_truth
-
-    settings = None if arguments.config is None else _filters_of(arguments.config)
-    report = measure_truth(
-        checkpoint, arguments.truth, pictures, arguments.size, settings
-    )
-    print(truth_table(report))
-    cosines = ", ".join(f"{k} {v:.3f}" for k, v in report.cosine_to_clean.items())
-    print(
-        f"\n{report.images} images at {report.size} px; {report.planted:.1%} of the tokens "
-        f"are planted. Mean cosine to the clean tower: {cosines}."
-    )
-    _tell_skipped(skipped)
-    if arguments.json is not None:
-        content = {**report.to_dict(), "skipped": skipped}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    if arguments.plot is not None:
-        plot_truth(report.filters, report.planted).savefig(arguments.plot, dpi=150)

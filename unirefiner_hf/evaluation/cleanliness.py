@@ -349,32 +349,6 @@ def knn_retrieval(
     return {"knn_accuracy": scores.mean_accuracy, "knn_iou": scores.mean_iou}
 
 
-def detection_auc(scores: Tensor, truth: Tensor) -> float:
-    """How well a score ranks dirty tokens above clean ones: area under the ROC curve.
-
-    Args:
-        scores: of any shape, higher is dirtier; NaN entries are left out.
-        truth: bool, the same shape, True = dirty.
-
-    Raises:
-        ValueError: shapes differ, or the truth has one kind only.
-    """
-    if scores.shape != truth.shape:
-        raise ValueError(
-            f"Scores are {tuple(scores.shape)}, the truth {tuple(truth.shape)}."
-        )
-    kept = ~scores.isnan()
-    values, dirty = scores[kept].double(), truth[kept]
-    positive, negative = int(dirty.sum()), int((~dirty).sum())
-    if not positive or not negative:
-        raise ValueError("The truth needs both dirty and clean tokens.")
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    ranks = (ends - (counts.double() - 1) / 2)[inverse]
-    total = ranks[dirty].sum().item() - positive * (positive + 1) / 2
-    return total / (positive * negative)
-
-
 def cleanliness_table(rows: Sequence[Cleanliness]) -> str:
     """Markdown: a measure a row, a checkpoint a column."""
     lines = [

@@ -10,10 +10,10 @@ from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from ..modeling.errors import UniRefinerError
+from ..outputs import check_folder, write_whole
 from .arguments import EvaluationArguments
 from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
 from .depth import DepthSettings
-from .outputs import check_folder, write_whole
 from .results import FILE, Evaluation, read_results, write_results
 from .segmentation import SegmentationSettings
 from .tasks import TASKS, is_main

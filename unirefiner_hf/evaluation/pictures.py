@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..data.images import preprocess
 from ..data.labelled import ClassLabels, LabelledImages
+from ..results import Bars, Colour, Figure, Section
 from ..visualize import fit_pca, pca_rgb
 from .checkpoints import Checkpoint
 from .metrics import IGNORE
-from .report import Bars, Colour, Figure, Section
 from .segmentation import SegmentationResult
 
 

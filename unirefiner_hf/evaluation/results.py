@@ -45,10 +45,10 @@ from typing import Any
 import numpy as np
 
 from ..modeling.errors import UniRefinerError
+from ..outputs import write_json
+from ..results import Result, Section, Table
 from .checkpoints import BASELINE, METHOD_NAMES, Checkpoint
 from .metrics import Statistic, paired_bootstrap
-from .outputs import write_json
-from .report import Page, Result, Section, Table
 
 FILE, FORMAT = "evaluation.json", 1
 KEY = ("task", "dataset", "split", "metric", "protocol")
@@ -217,8 +217,13 @@ class Evaluation(Result):
         every = {row.name: self.entries(i) for i, row in enumerate(self.rows)}
         return {"format": FORMAT, "checkpoints": every}
 
-    def page(self) -> Page:
-        """A row a checkpoint, then each difference with its interval, then pictures."""
+    @property
+    def title(self) -> str:
+        """What was measured on what."""
+        return f"{self.dataset}: {self.task}"
+
+    def tables(self) -> list[Table]:
+        """A row a checkpoint, then each difference with its interval."""
         main = self.metrics[0]
         heads = [f"{m.title}{f' ({m.unit})' if m.unit else ''}" for m in self.metrics]
         heads.append(f"{main.title} against {self.rows[0].name}, 95 % interval")
@@ -245,13 +250,7 @@ class Evaluation(Result):
             f"Missing control: {name}. Without it a gain says little."
             for name in self.missing_controls()
         ]
-        return Page(
-            title=f"{self.dataset}: {self.task}",
-            table=Table(["", *heads], rows),
-            lead=[lead],
-            notes=[*gaps, *missing],
-            sections=self.sections,
-        )
+        return [Table(["", *heads], rows, lead, [*gaps, *missing])]
 
     def _cell(self, row: int, metric: Metric) -> str:
         value, std, _ = self.value(row, metric)

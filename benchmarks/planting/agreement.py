@@ -23,14 +23,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.images import default_reference, preprocess
-from ..loading.lora import add_adapter
-from ..methods.settings import UniRefinerSettings
-from ..methods.unirefiner import UniRefinerObjective
-from ..spurious import detectors, filters, similarity
-from ..spurious.diagnose import middle_layers
-from .checkpoints import Checkpoint
-from .cleanliness import detection_auc
+from unirefiner_hf.data.images import default_reference, preprocess
+from unirefiner_hf.evaluation.checkpoints import Checkpoint
+from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.modeling.errors import UniRefinerError
+from unirefiner_hf.spurious import detectors, filters, similarity
+from unirefiner_hf.spurious.diagnose import middle_layers
+
 from .planted import PlantedTruth, dirty_checkpoint, load_rule, planted_truth
 
 SIGMAS = tuple(step / 4 for step in range(-8, 13))
@@ -199,11 +200,11 @@ def agreement(marked: Tensor, truth: PlantedTruth, limit: float) -> Agreement:
         limit: what gave the mask.
 
     Raises:
-        ValueError: nothing is planted.
+        UniRefinerError: nothing is planted.
     """
     planted = truth.spurious
     if not planted.any():
-        raise ValueError("No token is planted: there is nothing to find.")
+        raise UniRefinerError("No token is planted: there is nothing to find.")
     count, hits = int(marked.sum()), int((marked & planted).sum())
 
     def recall(kind: Tensor) -> float:
@@ -230,7 +231,7 @@ def compare_filters(
     `fpgp_cosine` is set, FP-GP's moves alone.
 
     Raises:
-        ValueError: in no image are there both planted and other tokens.
+        UniRefinerError: in no image are there both planted and other tokens.
     """
     by_cosine = settings.fpgp_cosine is not None
     fpgp = ("fpgp_cosine", COSINES) if by_cosine else ("fpgp_sigma", SIGMAS)
@@ -276,8 +277,36 @@ def _mean_auc(evidence: Tensor, planted: Tensor) -> float:
     """Within images, whose levels differ; mean over those that have both kinds."""
     pairs = [(e, p) for e, p in zip(evidence, planted) if p.any() and not p.all()]
     if not pairs:
-        raise ValueError("No image has planted and other tokens: take larger images.")
+        raise UniRefinerError(
+            "No image has planted and other tokens: take larger images."
+        )
     return sum(detection_auc(e, p) for e, p in pairs) / len(pairs)
+
+
+def detection_auc(scores: Tensor, truth: Tensor) -> float:
+    """How well a score ranks dirty tokens above clean ones: area under the ROC curve.
+
+    Args:
+        scores: of any shape, higher is dirtier; NaN entries are left out.
+        truth: bool, the same shape, True = dirty.
+
+    Raises:
+        ValueError: shapes differ, or the truth has one kind only.
+    """
+    if scores.shape != truth.shape:
+        raise ValueError(
+            f"Scores are {tuple(scores.shape)}, the truth {tuple(truth.shape)}."
+        )
+    kept = ~scores.isnan()
+    values, dirty = scores[kept].double(), truth[kept]
+    positive, negative = int(dirty.sum()), int((~dirty).sum())
+    if not positive or not negative:
+        raise ValueError("The truth needs both dirty and clean tokens.")
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    ranks = (ends - (counts.double() - 1) / 2)[inverse]
+    total = ranks[dirty].sum().item() - positive * (positive + 1) / 2
+    return total / (positive * negative)
 
 
 def measure_truth(
@@ -301,10 +330,10 @@ def measure_truth(
 
     Raises:
         TruthError: the adapter is not one of this tower, or its rule is damaged.
-        ValueError: no images, or too small ones.
+        UniRefinerError: no images, or too small ones.
     """
     if not images:
-        raise ValueError("There are no images to measure on.")
+        raise UniRefinerError("There are no images to measure on.")
     if settings is None:
         layers = middle_layers(clean.model.config.num_hidden_layers)
         settings = UniRefinerSettings(ah_layers=layers)

@@ -1,4 +1,7 @@
-"""What a result looks like: one table as data, printed as Markdown or as an HTML page."""
+"""What functions of the API return: values that print, and save themselves as a page.
+
+A table is built once as data; Markdown and the page are both made of it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import base64
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +19,40 @@ from PIL import Image
 
 from .outputs import write_whole
 
+PAGE = "page.html.jinja"
 CELL = 200
 """Width of a picture on the page in pixels; it is stored up to twice as large."""
-TEMPLATE = "report.html.jinja"
 Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Heads of the columns, and the cells of each row."""
+    """A table in words.
+
+    Attributes:
+        caption: a sentence above it; empty for none.
+        notes: sentences below it.
+    """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
+    caption: str = ""
+    notes: Sequence[str] = ()
 
     def to_markdown(self) -> str:
-        """Markdown whose columns are aligned, so that it reads as it stands."""
+        """As Markdown whose columns are aligned, so that it reads as it stands."""
         lines = [
             [cell.replace("|", "\\|") for cell in row]
             for row in (self.heads, *self.rows)
         ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = []
+        drawn = []
         for line in lines:
             cells = [cell.ljust(w) for cell, w in zip(line, widths, strict=True)]
-            text.append(f"| {' | '.join(cells)} |")
-        text.insert(1, "".join(f"|{'-' * (width + 2)}" for width in widths) + "|")
-        return "\n".join(text)
+            drawn.append(f"| {' | '.join(cells)} |")
+        drawn.insert(1, "".join(f"|{'-' * (width + 2)}" for width in widths) + "|")
+        caption = [self.caption] if self.caption else []
+        return "\n\n".join([*caption, "\n".join(drawn), *self.notes])
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page below the table; what is empty is left out.
+    """A part of the page below the tables; what is empty is left out.
 
     Attributes:
         key: what colours stand for.
@@ -93,58 +104,51 @@ class Section:
     rows: Sequence[Sequence[Figure]] = ()
 
 
-@dataclass(frozen=True)
-class Page:
-    """Everything a result says; Markdown has no title and no sections.
+class Result(ABC):
+    """A result of the API; a subclass gives `tables` and `to_dict`, and may add pictures.
 
     Attributes:
-        lead: paragraphs before the table.
-        notes: paragraphs after it.
+        sections: of the page, below the tables.
     """
 
-    title: str
-    table: Table
-    lead: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    sections: Sequence[Section] = field(default=(), repr=False)
+    sections: Sequence[Section] = ()
+
+    @property
+    def title(self) -> str:
+        """What the result is, in a line."""
+        return type(self).__name__
+
+    @abstractmethod
+    def tables(self) -> list[Table]:
+        """What is shown of it."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, ready for JSON."""
 
     def to_markdown(self) -> str:
-        """Lead, table and notes."""
-        return "\n\n".join([*self.lead, self.table.to_markdown(), *self.notes])
+        """Its tables, as Markdown."""
+        return "\n\n".join(table.to_markdown() for table in self.tables())
+
+    def __str__(self) -> str:
+        return self.to_markdown()
 
     def to_html(self) -> str:
-        """One file that needs no other and no network."""
+        """One page that needs no other file and no network."""
         environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
+            loader=jinja2.PackageLoader("unirefiner_hf", "assets"),
             autoescape=True,
             undefined=jinja2.StrictUndefined,
             keep_trailing_newline=True,
         )
-        return environment.get_template(TEMPLATE).render(page=self)
-
-
-class Result(ABC):
-    """What a public function returns: it prints as a table."""
-
-    @abstractmethod
-    def page(self) -> Page:
-        """What it says, as data."""
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """Its numbers, ready for JSON."""
-
-    def to_markdown(self) -> str:
-        """Its table as Markdown, with what has to be said before and after."""
-        return self.page().to_markdown()
+        return environment.get_template(PAGE).render(
+            title=self.title, tables=self.tables(), sections=self.sections
+        )
 
     def save_html(self, path: str | Path) -> Path:
-        """Write one self-contained page, with the pictures there are.
+        """Write the page; returns the file.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        return write_whole(path, self.page().to_html())
-
-    def __str__(self) -> str:
-        return self.to_markdown()
+        return write_whole(path, self.to_html())

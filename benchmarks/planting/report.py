@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .filter_agreement import FilterReport, TruthReport
+from unirefiner_hf.modeling.errors import UniRefinerError
+
+from .agreement import FilterReport, TruthReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,13 +46,13 @@ def plot_truth(reports: Mapping[str, FilterReport], planted: float) -> Figure:
         planted: share of planted tokens, drawn as the precision of blind rejection.
 
     Raises:
-        ImportError: matplotlib is missing.
+        UniRefinerError: matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            'The plot needs matplotlib: pip install "unirefiner_hf[demo]".'
+        raise UniRefinerError(
+            "The plot needs matplotlib: pip install matplotlib."
         ) from error
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -216,7 +216,7 @@ def test_another_planter_of_the_same_name_is_another_plan(
     [
         (["oops"], "--common has no value for 'oops'"),
         (["learning_rate", "1e-2"], "learning_rate is the bench's own"),
-        (["bf16", "false", "--steps", "0"], "--steps is 0; it must be 1 or more"),
+        (["bf16", "false", "--steps", "0"], "--steps: 0 is not 1 or more"),
     ],
 )
 def test_words_that_would_be_lost_are_refused(command, more, message, capsys):

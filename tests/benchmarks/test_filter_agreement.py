@@ -1,109 +1,31 @@
-"""Planted truth: the rule, the adapter that plants, and the filters held against it."""
+"""The filters held against planted truth, and the command that tells it."""
 
 import json
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
-from tests.training.conftest import save_images
-from unirefiner_hf.data.images import load_rgb
-from unirefiner_hf.evaluation.agreement_report import plot_truth, truth_table
-from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.evaluation.filter_agreement import (
+from benchmarks import filter_agreement
+from benchmarks.planting.agreement import (
     Step,
     agreement,
     compare_filters,
+    detection_auc,
     filter_step,
     measure_truth,
 )
-from unirefiner_hf.evaluation.planted import (
-    PlantedTruth,
-    PlantingRule,
-    TruthError,
-    dirty_checkpoint,
-    load_rule,
-    planted_truth,
-)
+from benchmarks.planting.planted import PlantedTruth, planted_truth
+from benchmarks.planting.report import plot_truth, truth_table
+from tests.training.conftest import save_images
+from unirefiner_hf.data.images import load_rgb
+from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.methods.settings import UniRefinerSettings
 from unirefiner_hf.methods.unirefiner import UniRefinerObjective
 from unirefiner_hf.spurious import filters, similarity
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "dirty"
-DIRTY = next(
-    (p for p in (SHARED, SHARED.parents[2] / "shared" / "dirty") if p.is_dir()), SHARED
-)
-
-
-def image_of_spreads(order):
-    """A row of 4-pixel patches whose values spread more, the higher their number."""
-    patch = torch.randn(3, 4, 4)
-    return torch.cat([patch * (1 + number) for number in order], dim=2).unsqueeze(0)
-
-
-def test_the_busiest_patches_are_proxies_and_the_flattest_patterns():
-    torch.manual_seed(0)
-    order = torch.randperm(20)
-    truth = planted_truth(image_of_spreads(order), 4)
-    rank = order / 19
-    assert truth.proxies[0].equal(rank >= 0.70)
-    assert truth.patterns[0].equal(rank < 0.12)
-    assert truth.spurious.equal(truth.proxies | truth.patterns)
-    scaled = image_of_spreads(order) * 0.01
-    assert planted_truth(scaled, 4).proxies.equal(truth.proxies)
-
-
-def test_images_without_ranks_are_refused():
-    with pytest.raises(ValueError, match="30 x 28.*multiples of the patch size 4"):
-        planted_truth(torch.zeros(1, 3, 30, 28), 4)
-    with pytest.raises(ValueError, match="One patch has no rank"):
-        planted_truth(torch.zeros(1, 3, 4, 4), 4)
-
-
-@pytest.mark.skipif(not DIRTY.is_dir(), reason="the planted adapter is not here")
-def test_the_rule_is_the_one_written_beside_the_adapter():
-    text = (DIRTY / "README.md").read_text()
-    rule = load_rule(DIRTY)
-    assert f"rank >= {rule.proxy_rank:.2f}" in text
-    assert f"rank < {rule.pattern_rank:.2f}" in text
-
-
-def test_an_adapter_may_name_another_rule(tmp_path):
-    assert load_rule(tmp_path) == PlantingRule()
-    rule = PlantingRule("brightness", 0.75, 0.15)
-    (tmp_path / "planting.json").write_text(json.dumps(vars(rule)))
-    assert load_rule(tmp_path) == rule
-    # Brighter and flatter to the right: both measures, opposite orders.
-    columns = torch.arange(20).repeat_interleave(4)
-    spread = torch.randn(3, 4, 4).repeat(1, 1, 20)
-    pixels = (columns + spread * (20 - columns) / 20).unsqueeze(0)
-    truth = planted_truth(pixels, 4, rule)
-    assert truth.proxies[0].equal(torch.arange(20) / 19 >= 0.75)
-    assert truth.patterns[0].equal(torch.arange(20) / 19 < 0.15)
-    assert (
-        planted_truth(pixels, 4).proxies[0].equal(torch.arange(20).flip(0) / 19 >= 0.7)
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"measure": "smell"}', "measure is 'smell'.*contrast, brightness"),
-        ('{"proxy_rank": 0.1}', "pattern_rank is 0.12 and proxy_rank 0.1"),
-        ('{"proxy_rank": 1}', "proxy_rank 1; they must lie between 0 and 1"),
-        ('{"pattern_rank": 0}', "pattern_rank is 0 and"),
-        ('{"proxies": 0.1}', "proxies"),
-        ("{", "planting.json is not a planting rule"),
-    ],
-)
-def test_a_damaged_rule_is_refused(tmp_path, text, said):
-    (tmp_path / "planting.json").write_text(text)
-    with pytest.raises(TruthError, match=said):
-        load_rule(tmp_path)
 
 
 def test_agreement_by_hand():
@@ -219,64 +141,31 @@ def test_what_is_told_is_what_training_rejects(planter, monkeypatch):
     )
 
 
-def test_the_planted_tower_is_the_adapter_on_the_clean_one(tower_folder, planter):
-    folder, model = planter
-    clean = load_checkpoint(str(tower_folder))
-    dirty = dirty_checkpoint(clean, folder)
-    assert dirty.name.endswith("+ planter")
-    pixels = torch.randn(1, 3, 24, 24)
-    with torch.no_grad():
-        expected = model.encode(pixels, 0).image
-        torch.testing.assert_close(
-            dirty.model.encode(pixels, 0).image, expected, atol=1e-5, rtol=1e-5
-        )
-
-
-def test_adapters_that_do_not_fit_are_refused(tower_folder, planter, tmp_path):
-    folder, _ = planter
-
-    def clean():
-        return load_checkpoint(str(tower_folder))
-
-    def copy(name):
-        return Path(shutil.copytree(folder, tmp_path / name))
-
-    with pytest.raises(TruthError, match="nowhere holds no adapter_model.safetensors"):
-        dirty_checkpoint(clean(), tmp_path / "nowhere")
-    (bare := copy("bare")).joinpath("adapter_config.json").unlink()
-    with pytest.raises(TruthError, match="bare holds no adapter_config.json"):
-        dirty_checkpoint(clean(), bare)
-    weights = (cut := copy("cut")) / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(TruthError, match="adapter_model.safetensors is damaged"):
-        dirty_checkpoint(clean(), cut)
-    (garbled := copy("garbled")).joinpath("adapter_config.json").write_text("{")
-    with pytest.raises(TruthError, match="adapter_config.json is damaged"):
-        dirty_checkpoint(clean(), garbled)
-    config = (other := copy("other")) / "adapter_config.json"
-    settings = json.loads(config.read_text())
-    config.write_text(json.dumps({**settings, "r": 2}))
-    with pytest.raises(TruthError, match="not one of tiny-dinov2: .* another shape"):
-        dirty_checkpoint(clean(), other)
-    config.write_text(json.dumps({**settings, "target_modules": ["nothing"]}))
-    with pytest.raises(TruthError, match="does not fit.*nothing"):
-        dirty_checkpoint(clean(), other)
+def test_auc_is_sklearns():
+    torch.manual_seed(0)
+    scores = torch.randint(0, 20, (4, 30)).float()
+    truth = torch.rand(4, 30) < 0.3
+    expected = roc_auc_score(truth.flatten(), scores.flatten())
+    assert detection_auc(scores, truth) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="both dirty and clean"):
+        detection_auc(scores, torch.ones(4, 30, dtype=torch.bool))
 
 
 def test_the_command_writes_table_numbers_and_plot(
     tower_folder, planter, tmp_path, capsys
 ):
-    from unirefiner_hf.cli import main
-
     folder, _ = planter
     photos = save_images(tmp_path / "photos", 5)
-    words = ["diagnose", str(tower_folder), "--images", str(photos), "--size", "24"]
+    (photos / "notes.png").write_text("no image")
+    words = [str(tower_folder), "--images", str(photos), "--size", "24"]
     words += ["--truth", str(folder), "--device", "cpu"]
     words += ["--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.png")]
-    main(words)
+    filter_agreement.main(words)
     out = capsys.readouterr().out
     assert "5 images at 24 px" in out and "| union |" in out
+    assert "Left out notes.png: not an image" in out
     told = json.loads((tmp_path / "t.json").read_text())
+    assert told["images"] == 5 and len(told["skipped"]) == 1
     assert list(told["filters"]) == [*filters.NAMES, "union"]
     # 36 patches: ranks k/35, of which 11 reach 0.70 and 5 stay below 0.12
     assert told["shares"]["proxies"] == pytest.approx(11 / 36)
@@ -286,13 +175,11 @@ def test_the_command_writes_table_numbers_and_plot(
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("ah_layers: null\nfpgp_cosine: 0.3\nlearning_rate: 1e-3\n")
-    main([*words, "--config", str(recipe)])
+    filter_agreement.main([*words, "--recipe", str(recipe), "--max_images", "2"])
     other = json.loads((tmp_path / "t.json").read_text())
+    assert other["images"] == 2
     assert list(other["filters"]) == [*filters.FPGP, "detectors", "union"]
     assert other["filters"]["fpgp_strip"]["default"]["limit"] == 0.3
-    recipe.write_text("method: plain\n")
-    assert main([*words, "--config", str(recipe)]) != 0
-    assert "method plain, which has no filters" in capsys.readouterr().err
 
 
 def test_settings_move_the_limits(tower_folder, planter, tmp_path):
@@ -319,16 +206,32 @@ def test_settings_move_the_limits(tower_folder, planter, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--plot", "x.png"], "--plot draws what --truth measures"),
-        (["--config", "dinov2/small"], "--config is of the filters that --truth"),
-        (["--truth", "x", "--labels", "y"], "--labels has no meaning with --truth"),
+        (["--recipe", "demo", "--size", "0"], "--size: 0 is not 1 or more"),
+        (["--recipe", "dinov2/small_ph_reg"], "method ph_reg, which has no filters"),
+        (["--recipe", "nosuch"], "nosuch"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--truth", "nowhere"], "nowhere holds no adapter_model.safetensors"),
+        (["--labels", "y"], "unrecognized arguments: --labels y"),
     ],
 )
-def test_options_that_do_not_go_together(
-    tower_folder, tmp_path, extra, message, capsys
+def test_what_cannot_be_measured_is_refused(
+    tower_folder, planter, tmp_path, extra, message, capsys
 ):
-    from unirefiner_hf.cli import main
-
-    words = ["diagnose", str(tower_folder), "--images", str(tmp_path), *extra]
-    assert main(words) != 0
+    folder, _ = planter
+    photos = save_images(tmp_path / "photos", 2)
+    words = [str(tower_folder), "--images", str(photos), "--truth", str(folder)]
+    with pytest.raises(SystemExit) as stop:
+        filter_agreement.main([*words, "--size", "24", *extra])
+    assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback(tower_folder, planter, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(filter_agreement, "measure_truth", broken)
+    photos = save_images(tmp_path / "photos", 2)
+    words = [str(tower_folder), "--images", str(photos), "--truth", str(planter[0])]
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        filter_agreement.main(words)

@@ -1,6 +1,6 @@
 """The table of supported and refused towers, from the table the code reads.
 
-``python -m unirefiner_hf.towers_table docs/towers.md`` writes the committed one.
+``python -m docs.towers_table docs/towers.md`` writes the committed one.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .modeling.dense_text import VARIANTS
-from .modeling.towers import FAMILIES, REFUSED, TowerFamily
+from unirefiner_hf.modeling.dense_text import VARIANTS
+from unirefiner_hf.modeling.towers import FAMILIES, REFUSED, TowerFamily
 
 
 def support_table() -> str:
@@ -17,7 +17,7 @@ def support_table() -> str:
     lines = [
         "# Towers",
         "",
-        "Written by `python -m unirefiner_hf.towers_table docs/towers.md`.",
+        "Written by `python -m docs.towers_table docs/towers.md`.",
         "",
         "| model type | checkpoints | tokens before the patches | last norm on patch tokens "
         "| patch tokens as words | PH-Reg | note |",

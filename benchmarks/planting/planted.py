@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from .checkpoints import Checkpoint
+from unirefiner_hf.evaluation.checkpoints import Checkpoint
+from unirefiner_hf.modeling.errors import UniRefinerError
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RULE_FILE = "planting.json"
@@ -31,7 +32,7 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
 patch's normalised pixels, all channels together."""
 
 
-class TruthError(ValueError):
+class TruthError(UniRefinerError):
     """A folder does not hold an adapter that plants dirt in this tower."""
 
 
@@ -45,7 +46,7 @@ class PlantingRule:
         pattern_rank: below this rank it is a fixed pattern.
 
     Raises:
-        ValueError: an unknown measure, or ranks that leave a kind without tokens.
+        UniRefinerError: an unknown measure, or ranks that leave a kind without tokens.
     """
 
     measure: str = "contrast"
@@ -54,11 +55,11 @@ class PlantingRule:
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
-            raise ValueError(
+            raise UniRefinerError(
                 f"measure is {self.measure!r}; it must be one of {', '.join(MEASURES)}."
             )
         if not 0 < self.pattern_rank < self.proxy_rank < 1:
-            raise ValueError(
+            raise UniRefinerError(
                 f"pattern_rank is {self.pattern_rank} and proxy_rank {self.proxy_rank}; "
                 "they must lie between 0 and 1, the first below the second."
             )
@@ -106,18 +107,18 @@ def planted_truth(
         rule: None: the default one.
 
     Raises:
-        ValueError: sizes off the patch grid, or fewer than 2 patches.
+        UniRefinerError: sizes off the patch grid, or fewer than 2 patches.
     """
     height, width = pixel_values.shape[-2:]
     if height % patch_size or width % patch_size:
-        raise ValueError(
+        raise UniRefinerError(
             f"The images are {height} x {width} pixels; both must be multiples of the "
             f"patch size {patch_size}."
         )
     patches = functional.unfold(pixel_values.float(), patch_size, stride=patch_size)
     count = patches.shape[-1]
     if count < 2:
-        raise ValueError("One patch has no rank: take larger images.")
+        raise UniRefinerError("One patch has no rank: take larger images.")
     rule = rule or PlantingRule()
     order = MEASURES[rule.measure](patches).argsort(dim=1, stable=True)
     rank = order.argsort(dim=1) / (count - 1)

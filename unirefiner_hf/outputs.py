@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..modeling.errors import UniRefinerError
+from .modeling.errors import UniRefinerError
 
 
 class OutputError(UniRefinerError):

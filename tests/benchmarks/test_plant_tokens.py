@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from benchmarks import plant_tokens
-from tests.training.conftest import save_images, save_tiny_tower
-from unirefiner_hf.data.images import list_images, load_rgb, preprocess
-from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.evaluation.filter_agreement import measure_truth
-from unirefiner_hf.evaluation.planted import (
+from benchmarks.planting.agreement import measure_truth
+from benchmarks.planting.planted import (
     PlantingRule,
     dirty_checkpoint,
     load_rule,
     planted_truth,
 )
+from tests.training.conftest import save_images, save_tiny_tower
+from unirefiner_hf.data.images import list_images, load_rgb, preprocess
+from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 
 
 def test_the_wanted_tokens_are_those_of_the_rule():

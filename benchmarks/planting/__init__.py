@@ -1,0 +1,1 @@
+"""Injected artifacts: spurious tokens planted by a known rule, and who finds them."""
