@@ -14,6 +14,7 @@ from .auto_registration import register
 if TYPE_CHECKING:
     from .estimation.estimate import Estimate, estimate
     from .evaluation.arguments import EvaluationArguments
+    from .evaluation.evaluate import Evaluation, evaluate
     from .evaluation.metric_modules import load_metric, metric_path
     from .export.merge import Merged, merge
     from .export.onnx import export_onnx, export_program
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     ".estimation.estimate": ("Estimate", "estimate"),
     ".evaluation.arguments": ("EvaluationArguments",),
+    ".evaluation.evaluate": ("Evaluation", "evaluate"),
     ".evaluation.metric_modules": ("load_metric", "metric_path"),
     ".export.merge": ("Merged", "merge"),
     ".export.onnx": ("export_onnx", "export_program"),
@@ -66,7 +68,42 @@ _PUBLIC = {
 """Module -> its public names; a module is imported when a name of it is used first."""
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "DistillationSettings",
+    "Estimate",
+    "Evaluation",
+    "EvaluationArguments",
+    "Merged",
+    "PHRegSettings",
+    "Pushed",
+    "Recipe",
+    "Refined",
+    "UniRefinerArguments",
+    "UniRefinerBackbone",
+    "UniRefinerConfig",
+    "UniRefinerError",
+    "UniRefinerModel",
+    "UniRefinerPyramid",
+    "UniRefinerPyramidConfig",
+    "UniRefinerSettings",
+    "UniRefinerTrainer",
+    "Verified",
+    "dense_text_features",
+    "estimate",
+    "evaluate",
+    "export_onnx",
+    "export_program",
+    "load_metric",
+    "load_recipe",
+    "load_text_side",
+    "load_tower",
+    "merge",
+    "metric_path",
+    "push",
+    "refine",
+    "save_remote_code",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,7 @@ def test_evaluate_under_a_launcher(tower_folder, scenes, tmp_path):
         env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| | mIoU") == 1
+    assert done.stdout.count("| mIoU (%) ") == 1
     content = json.loads((tmp_path / "evaluation.json").read_text())
     ((entry, _),) = content["checkpoints"].values()
     assert (entry["n"], entry["settings"]["processes"]) == (4, 2)

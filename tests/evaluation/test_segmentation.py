@@ -302,16 +302,21 @@ def test_evaluate_prints_one_table_and_leaves_results(
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     names = [row.split("|")[1].strip() for row in rows[1:]]
     base = tower_folder.name
-    assert names == [base, f"{base} + frame of 1", "plain distillation", "refined"]
+    assert names == [
+        base,
+        f"{base} + border of 1",
+        "self-distillation baseline",
+        "refined",
+    ]
     assert "Missing control" not in out
-    assert "refined against plain distillation" in out
+    assert "refined against self-distillation baseline" in out
 
     (entry, second) = read_results(tmp_path / "mine" / "merged" / "evaluation.json")
     assert (entry["metric"], second["metric"]) == ("mean_iou", "mean_accuracy")
     assert (entry["dataset"], entry["split"], entry["n"]) == ("Tiny", "val", 4)
     assert (entry["seeds"], entry["unit"]) == (3, "%")
     assert list(entry["controls"]) == names[:3]
-    control = entry["controls"]["plain distillation"]
+    control = entry["controls"]["self-distillation baseline"]
     gap = entry["value"] - control["value"]
     assert control["difference"] == pytest.approx(gap, abs=1e-3)
     low, high = control["interval"]
@@ -341,9 +346,15 @@ def test_methods_of_checkpoints(tower_folder, tmp_path):
         "unirefiner",
         "ph_reg",
         "ph_reg",
-        "plain",
+        "distillation",
     ]
-    names = [tower_folder.name, "bare", "PH-Reg", "PH-Reg", "plain distillation"]
+    names = [
+        tower_folder.name,
+        "bare",
+        "PH-Reg",
+        "PH-Reg",
+        "self-distillation baseline",
+    ]
     assert [c.name for c in found] == names
     assert [c.needs_controls for c in found] == [False, True, True, True, False]
     assert [c.register_width for c in found] == [0, 1, 1, 1, 0]
@@ -355,8 +366,8 @@ def test_a_missing_control_is_said(tower_folder, scenes, tmp_path, capsys):
     words += [str(scenes), "--fast", "--crop", "24", "--fast_iterations", "3"]
     assert main([*words, "--framed_base", "false", "--seeds", "1"]) == 0
     out = capsys.readouterr().out
-    assert "Missing control: plain distillation" in out
-    assert "Missing control: base with the frame" in out
+    assert "Missing control: self-distillation baseline" in out
+    assert "Missing control: base with the border of register" in out
 
 
 @pytest.mark.parametrize(

@@ -23,21 +23,22 @@ DATACLASSES = tuple(GROUPS.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb its options: the checkpoints and one for each field."""
+    """Give the command its options: the checkpoints and one for each field."""
     parser.usage = (
         "unirefiner evaluate BASE [CHECKPOINT ...] --data DATA [--field value]"
     )
     parser.epilog = (
         "--task zero_shot trains nothing: patches take the class whose words are nearest. "
-        "The base brings the text tower, or a refined model that kept it in text/. "
-        "The base with each checkpoint's frame is measured, too. A run of 'unirefiner "
-        "refine --method plain' is the control a refined model should beat."
+        "The base brings the text encoder, or a refined model that kept it in text/. "
+        "The base with each checkpoint's border of register patches is measured, too. The "
+        "self-distillation baseline ('unirefiner refine --method plain') is the control a "
+        "refined model should beat."
     )
     parser.add_argument(
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="the base first: starter, a Hub id, a folder of a tower, of a run or of a "
+        help="the base first: starter, a Hub id, a folder of a backbone, of a run or of a "
         "merged checkpoint",
     )
     parser.add_argument(
@@ -73,6 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: a value that does not fit, data or checkpoints that do not.
     """
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.tasks import is_main
+    from ..training.distributed import disconnect
+
     options = vars(arguments)
     path = None if arguments.config is None else find_recipe(arguments.config)
     fields = expected_values(DATACLASSES)
@@ -80,24 +85,14 @@ def run(arguments: argparse.Namespace) -> None:
         name: [options[name]] for name in options if name in fields
     }
     values = load_recipe(path, overrides, DATACLASSES)
-    evaluation, segmentation, depth, zero_shot = build_arguments(values, DATACLASSES)
-
-    from ..evaluation.compare import (
-        compare_depth,
-        compare_segmentation,
-        compare_zero_shot,
-        is_main,
-        load_compared,
-    )
-    from ..training.distributed import disconnect
-
-    checkpoints = load_compared(arguments.checkpoints, evaluation)
-    if evaluation.task == "depth":
-        comparison = compare_depth(checkpoints, evaluation, depth)
-    elif evaluation.task == "zero_shot":
-        comparison = compare_zero_shot(checkpoints, evaluation, zero_shot)
-    else:
-        comparison = compare_segmentation(checkpoints, evaluation, segmentation)
+    built = build_arguments(values, DATACLASSES)
+    given = {
+        name: getattr(instance, name)
+        for instance in built
+        for name in values
+        if hasattr(instance, name)
+    }
+    evaluation = evaluate(arguments.checkpoints, **given)
     if is_main():
-        print(comparison.table())
+        print(evaluation)
     disconnect()

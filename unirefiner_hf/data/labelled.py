@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ class ClassLabels:
 
 
 def open_pairs(
-    data: str,
+    data: str | Mapping[str, Any],
     split: str,
     *,
     layout: str = "folder",
@@ -221,7 +221,8 @@ def open_pairs(
     """Open one split of a data set.
 
     Args:
-        data: folder of the data set, a set saved by `datasets`, or a Hub id.
+        data: folder of the data set, a set saved by `datasets`, a Hub id, or a
+            `datasets.DatasetDict`.
         split: ``train`` or ``val``, or a name the data set has.
         layout: ``folder`` for ``<split>/images`` and ``<split>/labels``, or one of
             `LAYOUTS`.
@@ -232,11 +233,15 @@ def open_pairs(
         LabelError: no such folder or split, or a file without its partner.
         ImageError: a folder without images.
     """
-    root = Path(data).expanduser()
     if layout != "folder" and layout not in LAYOUTS:
         raise LabelError(
             f"dataset is {layout!r}; choose folder or one of {', '.join(LAYOUTS)}."
         )
+    if isinstance(data, Mapping):
+        if split not in data:
+            raise LabelError(f"data has no split {split!r}; it has {', '.join(data)}.")
+        return _pair_columns(data[split], split, image_column, label_column)
+    root = Path(data).expanduser()
     if images is not None or labels is not None:
         if images is None or labels is None:
             raise LabelError(f"Name both folders of {split}, of images and of labels.")
@@ -348,13 +353,25 @@ def _has_splits(root: Path) -> bool:
 def _open_table(
     data: str, root: Path, split: str, image_column: str, label_column: str
 ) -> LabelledImages:
+    table = load_table(data, None, split, streaming=False)
+    name = root.name if root.exists() else data
+    return _pair_columns(table, name, image_column, label_column)
+
+
+def _pair_columns(
+    table: Any, name: str, image_column: str, label_column: str
+) -> LabelledImages:
     import datasets
 
-    table = load_table(data, None, split, streaming=False)
+    if not isinstance(table, datasets.Dataset):
+        raise LabelError(
+            f"{name} is a {type(table).__name__}; labelled images are read by number, "
+            "from a datasets.Dataset."
+        )
     for column in (image_column, label_column):
         if column not in table.column_names:
             raise LabelError(
-                f"{data} has no column {column!r}; it has {', '.join(table.column_names)}."
+                f"{name} has no column {column!r}; it has {', '.join(table.column_names)}."
             )
     if isinstance(table.features[image_column], datasets.Image):
         table = table.cast_column(image_column, datasets.Image(decode=False))
@@ -363,14 +380,14 @@ def _open_table(
         value = table[number][label_column]
         return np.asarray(value)
 
-    names = [f"{root.name}[{number}]" for number in range(len(table))]
+    names = [f"{name}[{number}]" for number in range(len(table))]
     return LabelledImages(
         names, lambda number: source_of(table[number][image_column]), read
     )
 
 
 def class_labels(
-    data: str,
+    data: str | Mapping[str, Any],
     layout: str = "folder",
     *,
     num_classes: int | None = None,
@@ -382,7 +399,8 @@ def class_labels(
     Raises:
         LabelError: nothing says how many classes there are.
     """
-    file = Path(data).expanduser() / "dataset.json"
+    held = isinstance(data, Mapping)
+    file = None if held else Path(str(data)).expanduser() / "dataset.json"
     relabel: dict[int, int] = {}
     if layout in LAYOUTS:
         known = LAYOUTS[layout]
@@ -392,11 +410,11 @@ def class_labels(
             reduce_zero_label = known.reduce_zero_label
     elif num_classes is not None:
         names = tuple(map(str, range(num_classes)))
-    elif file.is_file():
+    elif file is not None and file.is_file():
         names = tuple(json.loads(file.read_text())["classes"])
     else:
         raise LabelError(
-            f"Nothing says how many classes {data} has: set num_classes, or put a "
-            'dataset.json with {"classes": [names]} into the folder.'
+            f"Nothing says how many classes {'the set' if held else data} has: set "
+            'num_classes, or put a dataset.json with {"classes": [names]} into the folder.'
         )
     return ClassLabels(names, bool(reduce_zero_label), relabel, ignore)

@@ -18,10 +18,11 @@ class EvaluationArguments:
         ValueError: a value is outside its range.
     """
 
-    data: str = field(
+    data: str | None = field(
+        default=None,
         metadata={
-            "help": "Folder of the data set, a set saved by datasets, or a Hub id."
-        }
+            "help": "Folder of the data set, a set saved by datasets, or a Hub id. Needed."
+        },
     )
     task: str = field(
         default="segmentation",
@@ -86,7 +87,10 @@ class EvaluationArguments:
     )
     framed_base: bool = field(
         default=True,
-        metadata={"help": "Measure the base with each frame the others have, too."},
+        metadata={
+            "help": "Measure the base with each border of register patches that the others "
+            "have, too."
+        },
     )
     evaluation_output: str | None = field(
         default=None,

@@ -1,50 +1,60 @@
-"""The towers an evaluation compares."""
+"""The models an evaluation compares."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
-from ..loading.base import load_processor, takes_final_norm
+from ..loading.backbone import load_processor, takes_final_norm
 from ..loading.starter import NAME as STARTER
 from ..loading.starter import starter_tower
 from ..modeling.configuration_unirefiner import UniRefinerConfig
+from ..modeling.errors import UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import load_tower
+from ..modeling.towers import load_tower, tower_config
 
 RECORD, MERGED = "run.json", "merged"
+# To become `methods.registry.method_named(name)`.
+BASELINE = "distillation"
+_METHODS = {"plain": BASELINE}
 METHOD_NAMES = {
-    "plain": "plain distillation",
+    BASELINE: "self-distillation baseline",
     "ph_reg": "PH-Reg",
     "unirefiner": "refined",
 }
 SAME_EMBEDDING = 0.99
-"""Cosine of two towers' patch embeddings (with PH-Reg, or first layers) from which they
+"""Cosine of two backbones' patch embeddings (with PH-Reg, or first layers) from which they
 count as one base."""
 
 
-class CheckpointMismatchError(ValueError):
-    """A checkpoint cannot be loaded, or is not of the tower it is compared with."""
+class CheckpointMismatchError(UniRefinerError):
+    """A checkpoint cannot be loaded, or is not of the backbone it is compared with."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A tower to measure.
+    """A model to measure.
 
     Attributes:
         name: how tables call it.
-        model: in eval mode.
+        model: in eval mode while it is measured.
         mean, std: of each channel, as its image processor normalises.
-        register_width: frame in patches it is measured with.
-        folder: where its ``evaluation.json`` goes; None for a Hub id.
-        method: of the run that made it, such as ``unirefiner`` or ``plain``; None for a
-            tower as it was published. A checkpoint without a record counts as
-            ``unirefiner``, with register tokens as ``ph_reg``.
+        register_width: border of register patches it is measured with.
+        folder: where its ``evaluation.json`` goes; None for a Hub id or a model in memory.
+        method: that made it, as its config or its run says, such as ``unirefiner`` or
+            ``distillation``; None for a backbone as it was published. A refined
+            checkpoint that says nothing counts as ``unirefiner``, with register tokens
+            as ``ph_reg``.
         source: folder or Hub id it was loaded from; empty for a model in memory.
     """
 
@@ -60,7 +70,7 @@ class Checkpoint:
     @property
     def needs_controls(self) -> bool:
         """Whether it is a result, neither a base nor a control."""
-        return self.method not in (None, "plain")
+        return self.method not in (None, BASELINE)
 
     @property
     def patch_size(self) -> int:
@@ -73,8 +83,8 @@ class Checkpoint:
         return self.model.hidden_size
 
     def framed(self, register_width: int) -> Checkpoint:
-        """The same weights with another frame."""
-        name = f"{self.name} + frame of {register_width}"
+        """The same weights with another border of register patches."""
+        name = f"{self.name} + border of {register_width}"
         return replace(self, name=name, register_width=register_width, folder=None)
 
     def side(self, pixels: int) -> int:
@@ -95,81 +105,280 @@ class Checkpoint:
         return outputs.feature_map.float(), None if pooled is None else pooled.float()
 
 
+Source: TypeAlias = str | Path | Checkpoint | UniRefinerModel
+"""What is measured: ``starter``, a Hub id, a folder, or a model in memory."""
+
+
+def load_checkpoints(
+    sources: Source | Sequence[Source],
+    *,
+    device: str | None = None,
+    image_processor: Any = None,
+    trust_remote_code: bool = False,
+) -> list[Checkpoint]:
+    """Checkpoints of one base in order, the base first, each under its own name.
+
+    Args:
+        sources: one, or several; see `load_checkpoint`.
+        device: where they are measured. None: where a model in memory lies, else a GPU if
+            there is one; under a launcher, the process's own.
+        image_processor: of the models in memory.
+
+    Raises:
+        CheckpointMismatchError: no checkpoint, models in memory on several devices, a
+            checkpoint of another backbone than the first, or see `load_checkpoint`.
+    """
+    if isinstance(sources, (str, Path, Checkpoint, UniRefinerModel)):
+        sources = [sources]
+    elif not isinstance(sources, Sequence):
+        raise _not_a_source(sources)
+    if not sources:
+        raise CheckpointMismatchError(
+            "There is no checkpoint: name one, the base first."
+        )
+    place = _device(device, sources)
+    loaded: list[Checkpoint] = []
+    for source in sources:
+        checkpoint = load_checkpoint(
+            source,
+            final_norm=loaded[0].model.config.final_norm if loaded else None,
+            device=place,
+            image_processor=image_processor,
+            trust_remote_code=trust_remote_code,
+        )
+        if loaded:
+            check_same_tower(loaded[0], checkpoint)
+        names = [known.name for known in loaded]
+        loaded.append(replace(checkpoint, name=_unique(checkpoint, source, names)))
+    return loaded
+
+
+def _unique(checkpoint: Checkpoint, source: Source, taken: Sequence[str]) -> str:
+    name = checkpoint.name
+    if name in taken and isinstance(source, (str, Path)):
+        place = Path(source).expanduser().resolve().name
+        name = f"{checkpoint.name} ({place})"
+        name = f"{checkpoint.name} ({source})" if name in taken else name
+    number = 2
+    while name in taken:
+        name, number = f"{checkpoint.name} ({number})", number + 1
+    return name
+
+
+def _device(asked: str | None, sources: Sequence[Source]) -> torch.device:
+    held = {
+        source.device if isinstance(source, UniRefinerModel) else source.model.device
+        for source in sources
+        if isinstance(source, (Checkpoint, UniRefinerModel))
+    }
+    if len(held) > 1:
+        raise CheckpointMismatchError(
+            f"The models in memory lie on {' and '.join(sorted(map(str, held)))}: move "
+            "them to one device."
+        )
+    if held and asked is None:
+        return held.pop()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        place = PartialState(cpu=asked == "cpu").device
+    elif asked is None:
+        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            place = torch.device(asked)
+        except RuntimeError as problem:
+            raise UniRefinerError(
+                f"device is {asked!r}; it must be a name such as cuda or cpu."
+            ) from problem
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise UniRefinerError(
+                f"device is {asked!r}, but PyTorch finds no GPU here."
+            )
+    if held and held != {place}:
+        raise CheckpointMismatchError(
+            f"device is {place}, but a model in memory lies on {held.pop()}: move it "
+            "there, or leave device out."
+        )
+    return place
+
+
+@contextmanager
+def measuring(checkpoints: Sequence[Checkpoint]) -> Iterator[None]:
+    """Put models into eval mode, and back into the modes they were in."""
+    modules = {m for checkpoint in checkpoints for m in checkpoint.model.modules()}
+    modes = {module: module.training for module in modules}
+    for checkpoint in checkpoints:
+        checkpoint.model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def load_checkpoint(
-    source: str,
+    source: Source,
     *,
     name: str | None = None,
     final_norm: bool | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    image_processor: Any = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Load a refined checkpoint, a run's folder, or a tower as it was published.
+    """Load a refined checkpoint, a run's folder, or a backbone as it was published.
 
     Args:
-        source: ``starter``, a Hub id, or a folder: of a tower, of a merged checkpoint, or
-            of a finished run (its ``merged/`` is taken).
-        name: what tables call it; None: from the run's method, or the source.
-        final_norm: of a plain tower, see `UniRefinerConfig`; None as in training: on for
-            CLIP.
+        source: ``starter``, a Hub id, or a folder: of a backbone, of a merged checkpoint,
+            or of a finished run (its ``merged/`` is taken). A `UniRefinerModel` in memory
+            is taken as it is, as a `Checkpoint` is.
+        name: what tables call it; None: from its method, or the source.
+        final_norm: of a published backbone, see `UniRefinerConfig`; None as in training:
+            on for CLIP.
+        device, dtype: of what is loaded.
+        image_processor: of a model in memory: an image processor, or the name or folder
+            of one. None: that of where the model was loaded from.
 
     Raises:
-        CheckpointMismatchError: a folder without a model.
-        ValueError: an unsupported tower.
+        CheckpointMismatchError: a folder without a model, a name that is neither here nor
+            on the Hub, an object of another kind, or no normalisation.
+        ValueError: an unsupported backbone.
     """
-    path = Path(source).expanduser()
-    folder: Path | None = None
-    method = None
-    if source in ("starter", STARTER):
-        location, short = str(starter_tower()), "base"
-    elif path.is_dir():
-        run = path if (path / RECORD).is_file() else path.absolute().parent
-        if path == run:
-            path = path / MERGED
-        if not (path / "config.json").is_file():
-            raise CheckpointMismatchError(
-                f"{path} holds no model: there is no config.json. Name a finished run, a "
-                "merged checkpoint or a tower."
-            )
-        if (run / RECORD).is_file():
-            record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-            method = record["method"]["name"]
-        location, folder = str(path), path
-        short = METHOD_NAMES.get(method or "", method or path.resolve().name)
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise CheckpointMismatchError(f"{source}: there is no such folder.")
-    else:
-        location, short = source, source.split("/")[-1]
-    options = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(location, **options)
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, UniRefinerModel):
+        return _in_memory(source, name, image_processor)
+    if not isinstance(source, (str, Path)):
+        raise _not_a_source(source)
+    location, folder, recorded = _locate(str(source))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = tower_config(location, **options)
+    except OSError as problem:
+        raise CheckpointMismatchError(
+            f"{source} is neither a folder here nor a model to be had from the Hub: "
+            f"{problem}"
+        ) from problem
+    method = _method(config, recorded)
     if config.model_type == UniRefinerConfig.model_type:
         model = UniRefinerModel.from_pretrained(location, dtype=dtype)
         width = model.config.register_width
-        kind = "ph_reg" if model.config.num_register_tokens else "unirefiner"
-        method = method or kind
     else:
-        tower = load_tower(location, dtype=dtype, trust_remote_code=trust_remote_code)
+        tower = load_tower(location, dtype=dtype, **options)
         if final_norm is None:
             final_norm = takes_final_norm(tower.config)
         model = UniRefinerModel.from_tower(
             tower, register_width=0, final_norm=final_norm
         )
         width = 0
-    processor = load_processor(location, **options).to_dict()
-    if not processor.get("image_mean") or not processor.get("image_std"):
-        raise CheckpointMismatchError(
-            f"The image processor of {source} states no image_mean and image_std."
-        )
+    short = Path(location).resolve().name if folder else location.split("/")[-1]
+    if str(source) in ("starter", STARTER):
+        short = "base"
+    elif folder is not None and method is not None:
+        short = METHOD_NAMES.get(method, method)
+    if method is None and config.model_type == UniRefinerConfig.model_type:
+        method = "ph_reg" if model.config.num_register_tokens else "unirefiner"
+    mean, std = _normalisation(load_processor(location, **options), str(source))
     return Checkpoint(
         name=name or short,
         model=_moved(model, device),
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
+        mean=mean,
+        std=std,
         register_width=width,
         folder=folder,
         method=method,
         source=location,
     )
+
+
+def _not_a_source(given: Any) -> CheckpointMismatchError:
+    hint = ""
+    if isinstance(given, torch.nn.Module):
+        hint = " Wrap a backbone: UniRefinerModel.from_tower(model, register_width=0)."
+    return CheckpointMismatchError(
+        f"A checkpoint is a {type(given).__name__}; it must be a name, a folder or a "
+        f"UniRefinerModel.{hint}"
+    )
+
+
+def _locate(source: str) -> tuple[str, Path | None, str | None]:
+    """Where the model lies, its folder if it is a user's own, and its run's method."""
+    if source in ("starter", STARTER):
+        return str(starter_tower()), None, None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        run = path if (path / RECORD).is_file() else path.absolute().parent
+        path = path / MERGED if path == run else path
+        if not (path / "config.json").is_file():
+            raise CheckpointMismatchError(
+                f"{path} holds no model: there is no config.json. Name a finished run, a "
+                "merged checkpoint or a backbone."
+            )
+        return str(path), path, _recorded_method(run / RECORD)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise CheckpointMismatchError(f"{source}: there is no such folder.")
+    return source, None, None
+
+
+def _recorded_method(file: Path) -> str | None:
+    """The method that the record of a run names; None where there is no record."""
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["method"]["name"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise CheckpointMismatchError(
+            f"{file} is not the record of a run: it names no method. Move the model out "
+            "of its folder, or put the record back."
+        ) from problem
+
+
+def _method(config: PreTrainedConfig, recorded: str | None) -> str | None:
+    """What made a model: as its own config says, else the record of its run."""
+    name = getattr(config, "method", None) or recorded
+    return None if name is None else _METHODS.get(name, name)
+
+
+def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Checkpoint:
+    origin = model.name_or_path or ""
+    if processor is None and not origin:
+        raise CheckpointMismatchError(
+            "A model in memory does not tell how its images are normalised: give "
+            "image_processor, an image processor or the name of a model that has it."
+        )
+    if not hasattr(processor, "to_dict"):
+        try:
+            processor = load_processor(str(processor or origin))
+        except OSError as problem:
+            raise CheckpointMismatchError(
+                f"There is no image processor at {processor or origin}: give "
+                f"image_processor. ({problem})"
+            ) from problem
+    mean, std = _normalisation(processor, "the model in memory")
+    config = model.config
+    method = _method(config, None)
+    if method is None and config.num_register_tokens:
+        method = "ph_reg"
+    elif method is None and config.register_width:
+        method = "unirefiner"
+    return Checkpoint(
+        name=name or Path(origin).name or METHOD_NAMES.get(method or "", "base"),
+        model=model,
+        mean=mean,
+        std=std,
+        register_width=config.register_width,
+        method=method,
+    )
+
+
+def _normalisation(
+    processor: Any, source: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    settings = processor.to_dict()
+    if not settings.get("image_mean") or not settings.get("image_std"):
+        raise CheckpointMismatchError(
+            f"The image processor of {source} states no image_mean and image_std."
+        )
+    return tuple(settings["image_mean"]), tuple(settings["image_std"])
 
 
 def _moved(model: UniRefinerModel, device: str | torch.device) -> UniRefinerModel:
@@ -178,10 +387,10 @@ def _moved(model: UniRefinerModel, device: str | torch.device) -> UniRefinerMode
 
 
 def check_same_tower(base: Checkpoint, other: Checkpoint) -> None:
-    """Refuse a comparison of two different towers.
+    """Refuse a comparison of two different backbones.
 
     Adapters leave the patch embedding as it is, and PH-Reg, which trains it, every layer but
-    the last, so towers of one base share one of them.
+    the last, so models of one base share one of them.
 
     Raises:
         CheckpointMismatchError: another family, size or patch embedding; names both.
@@ -191,7 +400,7 @@ def check_same_tower(base: Checkpoint, other: Checkpoint) -> None:
         theirs = getattr(other.model.config.vision_config, field)
         if ours != theirs:
             raise CheckpointMismatchError(
-                f"{other.name} is of another tower than {base.name}: its {field} is "
+                f"{other.name} is of another backbone than {base.name}: its {field} is "
                 f"{theirs}, that of the base {ours}. Compare checkpoints of one base."
             )
     shared = [_patch_embedding]

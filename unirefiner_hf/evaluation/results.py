@@ -16,7 +16,7 @@ The file of a checkpoint, format 1::
           "std": 0.3,                    over probe seeds (n - 1); null for one seed
           "seeds": 3,                    0 where nothing was trained
           "n": 160,                      images it was measured on
-          "register_width": 1,           frame it was measured with, in patches
+          "register_width": 1,           border it was measured with, in patches
           "protocol": "linear probe, ...",
           "settings": {...},             every number of the protocol
           "controls": {                  what it is compared with, by name
@@ -37,7 +37,6 @@ Measuring again replaces the entry of the same task, data set, split, metric and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,10 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints import METHOD_NAMES, Checkpoint
+from ..modeling.errors import UniRefinerError
+from ..outputs import write_json
+from ..results import Result, Section, Table
+from .checkpoints import BASELINE, METHOD_NAMES, Checkpoint
 from .metrics import Statistic, paired_bootstrap
 
 FILE, FORMAT = "evaluation.json", 1
@@ -84,14 +86,49 @@ class Measured:
     statistic: Statistic | None = None
 
 
+class ResultsError(UniRefinerError):
+    """A file of results cannot be read by this version."""
+
+
+@dataclass(frozen=True)
+class EvaluatedCheckpoint:
+    """A row of the table.
+
+    Attributes:
+        name, method, register_width, folder, needs_controls: see `Checkpoint`.
+        measured: metric name -> what was measured.
+    """
+
+    name: str
+    method: str | None
+    register_width: int
+    folder: Path | None
+    needs_controls: bool
+    measured: Mapping[str, Measured]
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, measured: Mapping[str, Measured]
+    ) -> EvaluatedCheckpoint:
+        """What the table says of a checkpoint; its weights are not kept."""
+        return cls(
+            checkpoint.name,
+            checkpoint.method,
+            checkpoint.register_width,
+            checkpoint.folder,
+            checkpoint.needs_controls,
+            measured,
+        )
+
+
 @dataclass
-class Comparison:
+class Evaluation(Result):
     """Several checkpoints under one protocol; the first is the base.
 
     Attributes:
-        rows: each checkpoint and metric name -> what was measured.
         images: their number.
         probes: a head was trained for each seed; without, there is one value.
+        sections: of the page, with its pictures.
     """
 
     task: str
@@ -101,12 +138,13 @@ class Comparison:
     metrics: Sequence[Metric]
     images: int
     settings: Mapping[str, Any]
-    rows: list[tuple[Checkpoint, dict[str, Measured]]] = field(default_factory=list)
+    rows: list[EvaluatedCheckpoint] = field(default_factory=list)
     probes: bool = True
+    sections: Sequence[Section] = field(default=(), repr=False)
 
     def value(self, row: int, metric: Metric) -> tuple[float, float | None, int]:
         """Mean and standard deviation over seeds, and their number, as shown."""
-        values = np.asarray(self.rows[row][1][metric.name].values) * metric.scale
+        values = np.asarray(self.rows[row].measured[metric.name].values) * metric.scale
         std = float(values.std(ddof=1)) if len(values) > 1 else None
         return float(values.mean()), std, len(values)
 
@@ -114,8 +152,8 @@ class Comparison:
         self, row: int, control: int, metric: Metric
     ) -> tuple[float, tuple[float, float] | None]:
         """A row minus a control, and its 95 % interval where there is one."""
-        ours = self.rows[row][1][metric.name]
-        theirs = self.rows[control][1][metric.name]
+        ours = self.rows[row].measured[metric.name]
+        theirs = self.rows[control].measured[metric.name]
         gap = self.value(row, metric)[0] - self.value(control, metric)[0]
         if ours.statistic is None or theirs.statistic is None:
             return gap, None
@@ -124,24 +162,24 @@ class Comparison:
 
     def missing_controls(self) -> list[str]:
         """Controls without which a gain of a refined model says little."""
-        refined = [c for c, _ in self.rows if c.needs_controls]
-        plain = [c for c, _ in self.rows if c.method == "plain"]
-        framed = [c for c, _ in self.rows if c.method is None and c.register_width]
+        refined = [row for row in self.rows if row.needs_controls]
+        baselines = [row for row in self.rows if row.method == BASELINE]
+        framed = [row for row in self.rows if row.method is None and row.register_width]
         missing = []
-        if refined and not plain:
-            missing.append(METHOD_NAMES["plain"])
-        if any(c.register_width for c in refined) and not framed:
-            missing.append("base with the frame")
+        if refined and not baselines:
+            missing.append(METHOD_NAMES[BASELINE])
+        if any(row.register_width for row in refined) and not framed:
+            missing.append("base with the border of register patches")
         return missing
 
     def entries(self, row: int) -> list[dict[str, Any]]:
         """The entries of ``evaluation.json`` of one checkpoint."""
-        checkpoint = self.rows[row][0]
+        checkpoint = self.rows[row]
         entries = []
         for metric in self.metrics:
             value, std, seeds = self.value(row, metric)
             controls = {}
-            for other, (control, _) in enumerate(self.rows):
+            for other, control in enumerate(self.rows):
                 if other == row:
                     continue
                 mean, spread, _ = self.value(other, metric)
@@ -174,38 +212,45 @@ class Comparison:
             )
         return entries
 
-    def table(self) -> str:
-        """Markdown: a row a checkpoint, then each difference with its interval."""
-        heads = [f"{m.title}{f' ({m.unit})' if m.unit else ''}" for m in self.metrics]
+    def to_dict(self) -> dict[str, Any]:
+        """What ``evaluation.json`` of all checkpoints holds."""
+        every = {row.name: self.entries(i) for i, row in enumerate(self.rows)}
+        return {"format": FORMAT, "checkpoints": every}
+
+    @property
+    def title(self) -> str:
+        """What was measured on what."""
+        return f"{self.dataset}: {self.task}"
+
+    def tables(self) -> list[Table]:
+        """A row a checkpoint, then each difference with its interval."""
         main = self.metrics[0]
-        heads.append(f"{main.title} against {self.rows[0][0].name}, 95 % interval")
-        count = self.value(0, main)[2]
-        seeds = f"mean and standard deviation over {count} probe seeds; "
-        seeds = seeds if self.probes else ""
-        lines = [
+        heads = [f"{m.title}{f' ({m.unit})' if m.unit else ''}" for m in self.metrics]
+        heads.append(f"{main.title} against {self.rows[0].name}, 95 % interval")
+        rows, gaps = [], []
+        for number, row in enumerate(self.rows):
+            cells = [self._cell(number, metric) for metric in self.metrics]
+            gap = self._gap(number, 0, main) if number else ""
+            rows.append([row.name, *cells, gap])
+            if row.needs_controls:
+                gaps += [
+                    f"{row.name} against {control.name}, {main.title}: "
+                    f"{self._gap(number, other, main)}"
+                    for other, control in enumerate(self.rows)
+                    if other not in (0, number)
+                ]
+        seeds = (
+            f"mean and standard deviation over {self.value(0, main)[2]} probe seeds; "
+        )
+        lead = (
             f"{self.dataset}, {self.split}, {self.images} images: {self.protocol}; "
-            f"{seeds}paired bootstrap over images.",
-            "",
-            "| | " + " | ".join(heads) + " |",
-            "|---" * (len(heads) + 1) + "|",
-        ]
-        for row, (checkpoint, _) in enumerate(self.rows):
-            cells = [self._cell(row, metric) for metric in self.metrics]
-            cells.append(self._gap(row, 0, main) if row else "")
-            lines.append(f"| {checkpoint.name} | " + " | ".join(cells) + " |")
-        for row, (checkpoint, _) in enumerate(self.rows):
-            if not checkpoint.needs_controls:
-                continue
-            for other, (control, _) in enumerate(self.rows):
-                if other not in (0, row):
-                    gap = self._gap(row, other, main)
-                    name = f"{checkpoint.name} against {control.name}"
-                    lines.append(f"\n{name}, {main.title}: {gap}")
-        lines += [
-            f"\nMissing control: {name}. Without it a gain says little."
+            f"{seeds if self.probes else ''}paired bootstrap over images."
+        )
+        missing = [
+            f"Missing control: {name}. Without it a gain says little."
             for name in self.missing_controls()
         ]
-        return "\n".join(lines)
+        return [Table(["", *heads], rows, lead, [*gaps, *missing])]
 
     def _cell(self, row: int, metric: Metric) -> str:
         value, std, _ = self.value(row, metric)
@@ -226,7 +271,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def write_results(comparison: Comparison, output: Path | None = None) -> list[Path]:
+def write_results(evaluation: Evaluation, output: Path | None = None) -> list[Path]:
     """Put each checkpoint's entries into the ``evaluation.json`` beside it.
 
     Args:
@@ -234,29 +279,22 @@ def write_results(comparison: Comparison, output: Path | None = None) -> list[Pa
             {name: [entries]}}``; None writes only the files beside the checkpoints.
 
     Returns:
-        The files written. Checkpoints without a folder (Hub ids, the base under another
-        frame) get none.
+        The files written. Checkpoints without a folder (Hub ids, the base with another
+        border) and published backbones get none.
 
     Raises:
-        ValueError: a file there is of a later format.
+        ResultsError: a file there is of a later format.
     """
     written = []
-    for row, (checkpoint, _) in enumerate(comparison.rows):
-        if checkpoint.folder is not None and checkpoint.method is not None:
-            file = checkpoint.folder / FILE
-            entries = comparison.entries(row)
-            _write(
-                file, {"format": FORMAT, "entries": [*_kept(file, entries), *entries]}
-            )
-            written.append(file)
+    for number, row in enumerate(evaluation.rows):
+        if row.folder is not None and row.method is not None:
+            entries = evaluation.entries(number)
+            kept = _kept(row.folder / FILE, entries)
+            content = {"format": FORMAT, "entries": [*kept, *entries]}
+            written.append(write_json(row.folder / FILE, content))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        every = {
-            checkpoint.name: comparison.entries(row)
-            for row, (checkpoint, _) in enumerate(comparison.rows)
-        }
-        _write(output / FILE, {"format": FORMAT, "checkpoints": every})
-        written.append(output / FILE)
+        written.append(write_json(output / FILE, evaluation.to_dict()))
     return written
 
 
@@ -264,14 +302,15 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     """Entries of an ``evaluation.json`` beside a checkpoint; none where there is no file.
 
     Raises:
-        ValueError: a later format.
+        ResultsError: a later format.
     """
     if not file.is_file():
         return []
     content = json.loads(file.read_text(encoding="utf-8"))
     if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{file} is of format {content.get('format')!r}, expected {FORMAT}."
+        raise ResultsError(
+            f"{file} is of format {content.get('format')!r}, expected {FORMAT}: move it "
+            "away, or use the version of unirefiner_hf that wrote it."
         )
     return content["entries"]
 
@@ -280,9 +319,3 @@ def _kept(file: Path, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     new = {tuple(entry[key] for key in KEY) for entry in entries}
     kept = read_results(file)
     return [entry for entry in kept if tuple(entry[key] for key in KEY) not in new]
-
-
-def _write(file: Path, content: Any) -> None:
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, file)
