@@ -124,9 +124,12 @@ class UniRefinerArguments(
     def _check_training(self) -> None:
         """Refuse what a run does not read, and numbers that are out of range."""
         for field in dataclasses.fields(self):
-            if field.name in REFUSED and getattr(self, field.name) != _default(field):
+            value, default = getattr(self, field.name), _default(field)
+            # HfArgumentParser takes "no" for False.
+            unset = value == default or (value is False and default == "no")
+            if field.name in REFUSED and not unset:
                 raise UniRefinerError(
-                    f"{field.name} is {getattr(self, field.name)!r}, which is not "
+                    f"{field.name} is {value!r}, which is not "
                     f"supported: {REFUSED[field.name]}."
                 )
         rate, epochs, share = (
