@@ -33,11 +33,11 @@ from unirefiner_hf.cli import main as unirefiner
 from unirefiner_hf.data.labelled import class_labels
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
-from unirefiner_hf.evaluation.tasks import open_splits
 from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
     evaluate_segmentation,
 )
+from unirefiner_hf.evaluation.tasks import open_splits
 from unirefiner_hf.loading.starter import NAME, starter_tower
 
 from .options import positive
