@@ -51,7 +51,7 @@ from .diagnose import skipped_notes
 from .inputs import Images, InputError, open_images
 
 INDEX, FORMAT = "index.json", "unirefiner_hf features 1"
-SHARDS = "features-*.safetensors"
+SHARD = re.compile(r"\.?features-\d+\.safetensors(\.unfinished)?")
 DTYPES = ("float16", "bfloat16", "float32")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -191,8 +191,9 @@ def extract_features(
     index = _new_index(checkpoint, plan)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INDEX, index)
-    for old in folder.glob(SHARDS):
-        old.unlink()
+    for old in folder.iterdir():
+        if SHARD.fullmatch(old.name):
+            old.unlink()
     with measuring([checkpoint]):
         _encode(checkpoint, opened, folder, index, plan)
     if not index["images"]:
