@@ -115,7 +115,7 @@ def load_backbone(
             tower = _read_tower(model, source, args, dtype)
         else:
             fill, final_norm = _settings_of(refined, args)
-            tower = bare_tower(refined).to(dtype=dtype)
+            tower = bare_tower(refined).to(dtype)  # type: ignore[arg-type]
     else:
         source, name = _origin(model)
         _check_in_memory(args)
@@ -209,7 +209,8 @@ def copied_tower(
     Raises:
         BackboneError: see `bare_tower`.
     """
-    copied = copy.deepcopy(bare_tower(model)).to(device="cpu", dtype=dtype)
+    copied: Any = copy.deepcopy(bare_tower(model))
+    copied.to(device="cpu", dtype=dtype)
     if attn_implementation is not None:
         with as_users("attn_implementation"):
             copied.set_attn_implementation(attn_implementation)
