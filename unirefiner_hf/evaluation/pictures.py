@@ -62,11 +62,7 @@ def segmentation_sections(
             key=_key(classes),
             rows=_predictions(images, classes, names, results, count),
         ),
-        Section(
-            "Principal components of the tokens",
-            "Each checkpoint has its own basis, fitted on the images shown.",
-            rows=_components(pictures, checkpoints, size),
-        ),
+        component_section(pictures, checkpoints, size),
     ]
 
 
@@ -109,15 +105,20 @@ def _predictions(
     return rows
 
 
-def _components(
+def component_section(
     pictures: Sequence[Image.Image], checkpoints: Sequence[Checkpoint], size: int
-) -> list[list[Figure]]:
+) -> Section:
+    """Principal components of each checkpoint's tokens, in its own basis."""
     columns = [[Figure.of(picture, "image") for picture in pictures]]
     for checkpoint in checkpoints:
         tokens, grid = square_tokens(checkpoint, pictures, size)
         drawn = pca_rgb(tokens, grid, fit_pca(tokens))
         columns.append([Figure.of(cell, checkpoint.name) for cell in drawn])
-    return [list(row) for row in zip(*columns, strict=True)]
+    return Section(
+        "Principal components of the tokens",
+        "Each checkpoint has its own basis, fitted on the images shown.",
+        rows=list(zip(*columns, strict=True)),
+    )
 
 
 def square_tokens(

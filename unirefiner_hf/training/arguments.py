@@ -74,11 +74,11 @@ REFUSED = {
 
 
 @dataclass
-class UniRefinerArguments(
+class UniRefinerArguments(  # type: ignore[misc]
     TrainingOptions,
     DataArguments,
     BackboneArguments,
-    TrainingArguments,  # type: ignore[misc]
+    TrainingArguments,
 ):
     """Arguments of a run: ``UniRefinerArguments("runs/mine", max_steps=75)``.
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, Siglip2ImageProcessorPil
 
 from tests.conftest import make_tiny_tower
-from tests.publishing.conftest import (
+from tests.export.conftest import (
     SIZE,
     make_processor,
     make_record,
     make_refined,
     pixels,
 )
-from tests.publishing.test_card import EVALUATION
+from tests.export.test_card import EVALUATION
 from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.cli import main
 from unirefiner_hf.data.images import preprocess
