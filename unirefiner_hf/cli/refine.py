@@ -13,6 +13,7 @@ from ..methods.registry import METHODS, method_named, setting_names
 from ..methods.settings import ADAPTER, BORDER
 from ..training.fields import Values
 from ..training.options import TrainingOptions
+from ..training.refused import REFUSED
 from .options import Option, add_options, options_of
 from .output import note
 from .parser import WIDTH
@@ -76,6 +77,8 @@ def groups() -> dict[str, list[Option]]:
         "output": [],
     }
     for name, option in own.items():
+        if name in REFUSED:
+            continue
         title = "training"
         if name in OUTPUT:
             title = "output"
@@ -107,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the help every option, those of the Trainer among them; imports torch."""
-    from ..training.arguments import REFUSED, UniRefinerArguments
+    from ..training.arguments import UniRefinerArguments
 
     every = groups()
     shown = {option.name for options in every.values() for option in options}
@@ -187,7 +190,6 @@ def recipe_asked(
         UsageError: an option that is none.
         RecipeError, UniRefinerError: see `recipe_of_words`.
     """
-    from ..training.arguments import REFUSED
     from ..training.keywords import ARGUMENTS
     from ..training.recipe import recipe_of_words
 

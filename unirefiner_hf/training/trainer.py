@@ -23,7 +23,7 @@ from ..data.images import default_reference, denormalise, load_rgb, preprocess
 from ..data.samples import collate
 from ..data.streams import RefinementStream
 from ..data.unlabelled import open_images, sample_images
-from ..errors import UniRefinerError
+from ..errors import UniRefinerError, as_users
 from ..export.card import card_from_record, render_card
 from ..export.checkpoint import is_ours
 from ..export.merge import Merged, merge
@@ -208,13 +208,14 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self.last_metrics: dict[str, float] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._drawn = (-1, 0)
-        super().__init__(
-            model=objective,
-            args=args,
-            train_dataset=images,
-            data_collator=collate,
-            callbacks=list(callbacks or ()),
-        )
+        with as_users("arguments of the run"):
+            super().__init__(
+                model=objective,
+                args=args,
+                train_dataset=images,
+                data_collator=collate,
+                callbacks=list(callbacks or ()),
+            )
         if objective.needs_whole_weights and self.parts_weights:
             raise RunError(
                 f"Method {settings.name} exchanges weights of the backbone for the "
