@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .auto_registration import register
 
 if TYPE_CHECKING:
+    from .evaluation.compare import compare
+    from .evaluation.diagnose import diagnose
+    from .evaluation.evaluate import evaluate
+    from .evaluation.extract import Features, extract_features
     from .modeling.configuration_pyramid import UniRefinerPyramidConfig
     from .modeling.configuration_unirefiner import UniRefinerConfig
     from .modeling.dense_text import dense_text_features
@@ -24,6 +28,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Features": ".evaluation.extract",
+    "compare": ".evaluation.compare",
+    "diagnose": ".evaluation.diagnose",
+    "evaluate": ".evaluation.evaluate",
+    "extract_features": ".evaluation.extract",
     "UniRefinerConfig": ".modeling.configuration_unirefiner",
     "UniRefinerModel": ".modeling.modeling_unirefiner",
     "UniRefinerBackbone": ".modeling.modeling_unirefiner",
@@ -36,12 +45,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "Features",
     "UniRefinerBackbone",
     "UniRefinerConfig",
     "UniRefinerModel",
     "UniRefinerPyramid",
     "UniRefinerPyramidConfig",
+    "compare",
     "dense_text_features",
+    "diagnose",
+    "evaluate",
+    "extract_features",
     "load_text_side",
     "load_tower",
     "save_remote_code",

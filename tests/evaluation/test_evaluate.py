@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.conftest import save_refined
+from unirefiner_hf import evaluate
 from unirefiner_hf.data.labelled import LabelError, open_pairs
 from unirefiner_hf.evaluation import checkpoints as loading
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.depth import DepthSettings
-from unirefiner_hf.evaluation.evaluate import ArgumentError, evaluate
+from unirefiner_hf.evaluation.evaluate import ArgumentError
 from unirefiner_hf.evaluation.results import ResultsError, read_results
 from unirefiner_hf.evaluation.segmentation import SegmentationSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel

@@ -153,6 +153,13 @@ def load_checkpoints(
     return loaded
 
 
+def with_borders(loaded: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The base, the base with each border of register patches met, then the others."""
+    base, others = loaded[0], loaded[1:]
+    widths = sorted({c.register_width for c in others} - {base.register_width, 0})
+    return [base, *(base.framed(width) for width in widths), *others]
+
+
 def _unique(checkpoint: Checkpoint, source: Source, taken: Sequence[str]) -> str:
     name = checkpoint.name
     if name in taken and isinstance(source, (str, Path)):

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 from ..modeling.errors import UniRefinerError
 from ..outputs import check_folder, write_whole
 from .arguments import EvaluationArguments
-from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
+from .checkpoints import Source, load_checkpoints, measuring, with_borders
 from .depth import DepthSettings
 from .results import FILE, Evaluation, read_results, write_results
 from .segmentation import SegmentationSettings
@@ -73,8 +73,9 @@ def evaluate(
         if checkpoint.folder is not None and checkpoint.method is not None:
             check_folder(checkpoint.folder)
             read_results(checkpoint.folder / FILE)
+    measured = with_borders(loaded) if arguments.framed_base else loaded
     with measuring(loaded):
-        evaluation = measure(_with_borders(loaded, arguments.framed_base))
+        evaluation = measure(measured)
     if is_main():
         write_results(evaluation, folder)
         if folder is not None:
@@ -82,12 +83,6 @@ def evaluate(
         if folder is not None and evaluation.sections:
             evaluation.save_html(folder / REPORT)
     return evaluation
-
-
-def _with_borders(loaded: Sequence[Checkpoint], wanted: bool) -> list[Checkpoint]:
-    base, others = loaded[0], loaded[1:]
-    widths = sorted({c.register_width for c in others} - {base.register_width, 0})
-    return [base, *(base.framed(width) for width in widths if wanted), *others]
 
 
 def _settle(
