@@ -40,7 +40,6 @@ from ..export.run_folder import (
     last_checkpoint_step,
     read_record,
     read_refiner_state,
-    write_json,
 )
 from ..hub.push import Pushed, push
 from ..hub.sync import HubSync, fetch_last_checkpoint
@@ -54,6 +53,7 @@ from ..methods.objective import Objective, Surroundings
 from ..methods.registry import method_settings
 from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..outputs import write_json
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.settings import FilterSettings
 from ..spurious.similarity import gather_tokens
