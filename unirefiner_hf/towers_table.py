@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from .modeling.dense_text import VARIANTS
-from .modeling.towers import FAMILIES, REFUSED, TowerFamily
+from .modeling.families import FAMILIES, REFUSED, TowerFamily
 
 
 def support_table() -> str:

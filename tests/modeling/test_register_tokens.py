@@ -12,7 +12,7 @@ from unirefiner_hf.modeling.modeling_unirefiner import (
     UniRefinerBackbone,
     UniRefinerModel,
 )
-from unirefiner_hf.modeling.towers import FAMILIES
+from unirefiner_hf.modeling.families import FAMILIES
 
 TAKING = [name for name in ALL_FAMILIES if FAMILIES[name].positions is not None]
 

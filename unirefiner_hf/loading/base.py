@@ -28,13 +28,8 @@ from ..modeling.text_side import (
     find_text_side,
     load_text_side,
 )
-from ..modeling.towers import (
-    DUAL_ENCODERS,
-    family_of,
-    image_size_of,
-    load_tower,
-    tower_config,
-)
+from ..modeling.families import DUAL_ENCODERS, family_of, image_size_of
+from ..modeling.towers import load_tower, tower_config
 from ..training.arguments import ModelArguments
 from .float8 import use_float8
 from .lora import add_adapter

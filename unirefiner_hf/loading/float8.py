@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.towers import family_of
+from ..modeling.families import family_of
 from .quantized import layer_linears
 
 logger = logging.get_logger(__name__)

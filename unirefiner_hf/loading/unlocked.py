@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..modeling.towers import family_of
+from ..modeling.families import family_of
 
 
 def unlocked_names(tower: PreTrainedModel) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import layers_of
+from ..modeling.families import layers_of
 
 
 def compile_layers(model: UniRefinerModel, backend: str = "inductor") -> None:
