@@ -34,6 +34,7 @@ saved = torch.load(folder + "/expected.pt", weights_only=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__name__ == "UniRefinerModel", type(model)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert model.config.method == "distillation", model.config.method
 with torch.no_grad():
     assert torch.equal(model(saved["pixels"]).last_hidden_state, saved["tokens"])
 name = AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map["AutoBackbone"]
@@ -48,6 +49,7 @@ print("fresh process ok")
 
 def publish(folder, family="dinov2", **options):
     model = UniRefinerModel.from_tower(make_tiny_tower(family), **options)
+    model.config.method = "distillation"
     model.save_pretrained(folder)
     save_remote_code(folder)
     return model
@@ -111,8 +113,9 @@ def test_saving_alone_copies_the_code_too(tmp_path):
         "configuration_eva_clip",
         "modeling_eva_clip",
         "errors",
-        "configuration_intern_vit",
-        "modeling_intern_vit",
+        "families",
+        "recording",
+        "published_intern_vit",
         "registers",
         "towers",
         "vit_parts",

@@ -26,8 +26,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..methods.settings import UniRefinerSettings
 from ..methods.unirefiner import UniRefinerObjective
+from ..modeling.families import layers_of
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import layers_of
 
 aten = torch.ops.aten
 _FLASH = "_scaled_dot_product_flash_attention"

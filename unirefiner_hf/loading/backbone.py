@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..errors import UniRefinerError, as_users
 from ..modeling.configuration_unirefiner import UniRefinerConfig
+from ..modeling.families import DUAL_ENCODERS, family_of, image_size_of
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -30,13 +31,7 @@ from ..modeling.text_side import (
     find_text_side,
     load_text_side,
 )
-from ..modeling.towers import (
-    DUAL_ENCODERS,
-    family_of,
-    image_size_of,
-    load_tower,
-    tower_config,
-)
+from ..modeling.towers import load_tower, tower_config
 from .arguments import BackboneArguments
 from .float8 import use_float8
 from .quantized import quantization
