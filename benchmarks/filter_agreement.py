@@ -23,7 +23,7 @@ from unirefiner_hf.cli.refine import DATACLASSES
 from unirefiner_hf.data.images import ImageError, list_images, load_rgb
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.loading.starter import StarterError
-from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.resources import find_recipe
 from unirefiner_hf.training.recipe import build_arguments, load_recipe

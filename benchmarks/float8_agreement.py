@@ -28,15 +28,15 @@ from unirefiner_hf.loading.starter import (
     starter_tower,
     whole_photographs,
 )
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import LOSS_TERMS, UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import LOSS_TERMS, UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
 
 READINGS = ("float32", "bfloat16", "float8")
 
 
-class Watched(UniRefinerObjective):
+class Watched(UniRefiner):
     """Keeps the clean mask of the last step; passes without gradient in `reading`."""
 
     reading = "float32"

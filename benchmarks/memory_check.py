@@ -29,10 +29,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from unirefiner_hf.estimate.dry_run import dry_step
+from unirefiner_hf.estimation.dry_run import dry_step
 from unirefiner_hf.loading.lora import add_adapter
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 from .allocator import peak_bytes
@@ -102,7 +102,7 @@ def real_steps(case: Case) -> tuple[Callable[[], None], int]:
     torch.manual_seed(0)
     model = build(case)
     reference = torch.randn(1, 3, case.size, case.size)
-    objective = UniRefinerObjective(model, settings_of(case), reference).train()
+    objective = UniRefiner(model, settings_of(case), reference).train()
     if case.checkpointing:
         objective.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}

@@ -32,18 +32,18 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from unirefiner_hf.training.run import OBJECTIVES
 
 from benchmarks.shapes import SHAPES
 from benchmarks.step_time import matrix_rate
 from unirefiner_hf.cli import refine
-from unirefiner_hf.estimate.devices import GPUS
-from unirefiner_hf.estimate.dry_run import dry_step
-from unirefiner_hf.loading.base import base_dtype, framed
-from unirefiner_hf.modeling.towers import DUAL_ENCODERS
+from unirefiner_hf.estimation.devices import GPUS
+from unirefiner_hf.estimation.dry_run import dry_step
+from unirefiner_hf.loading.backbone import base_dtype, framed
+from unirefiner_hf.modeling.families import DUAL_ENCODERS
 from unirefiner_hf.training.arguments import ModelArguments
 from unirefiner_hf.training.compiled import compile_layers
 from unirefiner_hf.training.recipe import build_arguments
-from unirefiner_hf.training.run import OBJECTIVES
 
 IMAGES, EPOCHS = 5000, 2
 

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from unirefiner_hf.loading.lora import lora_targets
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import TeacherViews, UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import TeacherViews, UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
 from unirefiner_hf.spurious import composites
@@ -47,7 +47,7 @@ PLAIN, OURS, RECOMPUTING = "plain", "ours", "ours with gradient checkpointing"
 COMPARED = ("seconds_a_step", "peak_memory_mb")
 
 
-class PlainObjective(UniRefinerObjective):
+class PlainObjective(UniRefiner):
     """The same step, read plainly: nothing shared, nothing cached, everything recorded."""
 
     def __init__(self, model: UniRefinerModel, teacher: UniRefinerModel, *args: Any):
@@ -94,7 +94,7 @@ class PlainObjective(UniRefinerObjective):
         return torch.no_grad()
 
 
-def build(reading: str, options: argparse.Namespace) -> UniRefinerObjective:
+def build(reading: str, options: argparse.Namespace) -> UniRefiner:
     """The objective on the tower the options name, on its device."""
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
@@ -120,17 +120,15 @@ def build(reading: str, options: argparse.Namespace) -> UniRefinerObjective:
         no_grad_batch=options.no_grad_batch,
     )
     reference = torch.randn(1, 3, options.size, options.size)
-    objective: UniRefinerObjective
+    objective: UniRefiner
     if teacher is not None:
         objective = PlainObjective(model, teacher, settings, reference)
     else:
-        objective = UniRefinerObjective(model, settings, reference)
+        objective = UniRefiner(model, settings, reference)
     return objective.to(options.device).train()
 
 
-def count_passes(
-    objective: UniRefinerObjective, step: Callable[[], None]
-) -> dict[str, float]:
+def count_passes(objective: UniRefiner, step: Callable[[], None]) -> dict[str, float]:
     """Tower forwards of one step: calls, and images and patch tokens they carried."""
     counts = {"calls": 0.0, "images": 0.0, "tokens": 0.0}
 

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
-from tests.publishing.conftest import make_record
-from unirefiner_hf.loading.base import takes_final_norm
+from tests.export.conftest import make_record
+from unirefiner_hf.loading.adapter import save_adapter
+from unirefiner_hf.loading.backbone import takes_final_norm
 from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
-from unirefiner_hf.training.trainer import save_adapter
 
 WORDS = "[PAD] [UNK] a photo of the cat dog sky . animal plant thing background <end>"
 VOCABULARY = {word: number for number, word in enumerate(WORDS.split())}

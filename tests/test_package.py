@@ -95,6 +95,15 @@ def test_the_wheel_holds_every_file(wheel):
     assert not [name for name in names if name.startswith("tests")]
 
 
+def test_the_package_needs_nothing_else_of_the_checkout():
+    elsewhere = re.compile(
+        r"^\s*(?:from|import) (?:benchmarks|docs|examples|tests)\b", re.MULTILINE
+    )
+    files = list(PACKAGE.rglob("*.py"))
+    assert len(files) > 50
+    assert [path for path in files if elsewhere.search(path.read_text())] == []
+
+
 def test_one_version():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'\nversion = "{unirefiner_hf.__version__}"\n' in text

@@ -26,8 +26,8 @@ from torch import Tensor
 from unirefiner_hf.data.images import default_reference, preprocess
 from unirefiner_hf.evaluation.checkpoints import Checkpoint
 from unirefiner_hf.loading.lora import add_adapter
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.spurious import detectors, filters, similarity
 from unirefiner_hf.spurious.diagnose import middle_layers
@@ -160,7 +160,7 @@ class Step:
 
 @torch.no_grad()
 def filter_step(
-    objective: UniRefinerObjective,
+    objective: UniRefiner,
     pixel_values: Tensor,
     register_width: int,
     truth: PlantedTruth,
@@ -353,7 +353,7 @@ def measure_truth(
     cosine = (before * tokens(dirty)).sum(dim=-1)
     # A fresh adapter changes nothing; the objective asks for one to switch off.
     dirty.model.tower = add_adapter(dirty.model.tower, name=clean.name)
-    objective = UniRefinerObjective(dirty.model, settings, reference[None]).to(device)
+    objective = UniRefiner(dirty.model, settings, reference[None]).to(device)
     objective.eval()
     width = max(1, clean.register_width)
     truths = [planted_truth(batch, clean.patch_size, rule) for batch in batches]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.evaluation.conftest import scenes, tower_folder  # noqa: F401
-from unirefiner_hf.loading.base import load_base
+from unirefiner_hf.loading.adapter import save_adapter
+from unirefiner_hf.loading.backbone import load_base
 from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.trainer import save_adapter
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The filters held against planted truth, and the command that tells it."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -23,8 +24,9 @@ from benchmarks.planting.report import plot_truth, truth_table
 from tests.training.conftest import save_images
 from unirefiner_hf.data.images import load_rgb
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.spurious import filters, similarity
 
 
@@ -115,7 +117,7 @@ def test_what_is_told_is_what_training_rejects(planter, monkeypatch):
         match_to_full_image=False,
     )
     torch.manual_seed(1)
-    objective = UniRefinerObjective(model, settings, torch.randn(1, 3, 24, 24)).eval()
+    objective = UniRefiner(model, settings, torch.randn(1, 3, 24, 24)).eval()
     pixels = torch.randn(2, 3, 24, 24)
     truth = planted_truth(pixels, 4)
     step = filter_step(objective, pixels, 1, truth)
@@ -235,3 +237,9 @@ def test_a_defect_keeps_its_traceback(tower_folder, planter, tmp_path, monkeypat
     words = [str(tower_folder), "--images", str(photos), "--truth", str(planter[0])]
     with pytest.raises(ZeroDivisionError, match="ours"):
         filter_agreement.main(words)
+
+
+def test_a_plot_without_matplotlib_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UniRefinerError, match="pip install matplotlib"):
+        plot_truth({}, 0.3)

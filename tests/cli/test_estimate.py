@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import make_tiny_tower
 from unirefiner_hf.cli import main
-from unirefiner_hf.estimate.devices import GPUS, Device, find_device
+from unirefiner_hf.estimation.devices import GPUS, Device, find_device
 
 RECIPE = ["estimate", "--config", "dinov2/small", "--image_size", "32"]
 

@@ -58,7 +58,7 @@ def test_one_process_says_so(alone):
     _, record, metrics = alone
     training = record["training"]
     assert training["processes"] == 1 and training["distributed_type"] == "NO"
-    assert training["wrapper"] == "UniRefinerObjective" and metrics["steps"] == 7
+    assert training["wrapper"] == "UniRefiner" and metrics["steps"] == 7
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,13 +11,10 @@ import pytest
 from PIL import Image
 from transformers import BitImageProcessorPil
 
+import unirefiner_hf
 from tests.conftest import make_tiny_tower
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    RefineTrainingArguments,
-)
+from unirefiner_hf.methods.registry import method_settings
+from unirefiner_hf.training.arguments import UniRefinerArguments
 
 
 def save_tiny_tower(folder: Path, family: str = "dinov2") -> Path:
@@ -61,7 +58,7 @@ def arguments(
         method: dict[str, Any] | None = None,
         **training: Any,
     ) -> tuple[Any, ...]:
-        training = {
+        options = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 6,
             "save_steps": 2,
@@ -69,17 +66,28 @@ def arguments(
             "per_device_train_batch_size": 2,
             "use_cpu": True,
             "disable_tqdm": True,
+            "image_size": 24,
+            "report_images": 2,
             **training,
+            **(model or {}),
+            **(data or {}),
         }
+        settings = dict(method or {})
+        name = settings.pop("method", "unirefiner")
+        if name == "unirefiner":
+            settings.setdefault("ah_layers", [0, 1])
         return (
-            ModelArguments(
-                **{"model": str(tower_folder), "image_size": 24, **(model or {})}
-            ),
-            DataArguments(
-                **{"data": str(image_folder), "report_images": 2, **(data or {})}
-            ),
-            UniRefinerSettings(**{"ah_layers": [0, 1], **(method or {})}),
-            RefineTrainingArguments(**training),
+            options.pop("model", str(tower_folder)),
+            options.pop("data", str(image_folder)),
+            UniRefinerArguments(**options),
+            method_settings(name, settings),
         )
 
     return make
+
+
+def refine(*given: Any) -> Path:
+    """`unirefiner_hf.refine`, as far as the run's folder."""
+    refined = unirefiner_hf.refine(*given)
+    assert refined is not None
+    return refined.folder

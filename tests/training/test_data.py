@@ -10,7 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from unirefiner_hf.data.images import ImageError
-from unirefiner_hf.data.unlabelled import build_dataset, collate, sample_images
+from unirefiner_hf.data.samples import collate
+from unirefiner_hf.data.unlabelled import open_images, sample_images
 
 PIXELS = {"image_size": (16, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -45,7 +46,7 @@ def table():
 
 
 def test_a_folder(folder):
-    images = build_dataset(str(folder), **PIXELS)
+    images = open_images(str(folder), **PIXELS)
     assert [value_of(images[n]) for n in range(len(images))] == [0, 10, 20, 30, 40, 50]
     assert images[0]["pixel_values"].shape == (3, 16, 24)
     assert images.report.total == images.report.used == 6
@@ -54,7 +55,7 @@ def test_a_folder(folder):
 def test_bad_headers_are_left_out_and_listed(folder):
     (folder / "x.png").write_text("no image")
     Image.new("RGB", (4, 4)).save(folder / "tiny.png")
-    images = build_dataset(str(folder), **PIXELS)
+    images = open_images(str(folder), **PIXELS)
     assert len(images) == images.report.used == 6
     assert images.report.total == 8
     assert set(images.report.skipped) == {"x.png", "tiny.png"}
@@ -64,7 +65,7 @@ def test_bad_headers_are_left_out_and_listed(folder):
 def test_a_truncated_image_is_replaced_by_the_next_and_named(folder):
     whole = (folder / "5.png").read_bytes()
     (folder / "2.png").write_bytes(whole[:-30])
-    images = build_dataset(str(folder), **PIXELS)
+    images = open_images(str(folder), **PIXELS)
     sample = images[2]
     assert value_of(sample) == 30
     assert len(sample["skipped"]) == 1 and sample["skipped"][0].startswith("2.png: ")
@@ -76,12 +77,12 @@ def test_a_truncated_image_is_replaced_by_the_next_and_named(folder):
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "x.png").write_text("no image")
     with pytest.raises(ImageError, match="none of 1 images.*x.png"):
-        build_dataset(str(tmp_path), **PIXELS)
+        open_images(str(tmp_path), **PIXELS)
 
 
 def test_a_random_subset_follows_the_seed(folder):
     def names(seed):
-        return build_dataset(str(folder), **PIXELS, max_images=3, seed=seed).names
+        return open_images(str(folder), **PIXELS, max_images=3, seed=seed).names
 
     assert names(0) == names(0) and len(names(0)) == 3
     assert any(names(seed) != names(0) for seed in range(1, 5))
@@ -90,7 +91,7 @@ def test_a_random_subset_follows_the_seed(folder):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_parquet_file(tmp_path, table, streaming):
     table.to_parquet(tmp_path / "images.parquet")
-    images = build_dataset(
+    images = open_images(
         str(tmp_path / "images.parquet"), **PIXELS, streaming=streaming
     )
     assert sorted(map(value_of, images)) == [0, 10, 20, 30, 40, 50]
@@ -99,7 +100,7 @@ def test_a_parquet_file(tmp_path, table, streaming):
 def test_a_folder_of_parquet_files(tmp_path, table):
     for part in range(2):
         table.shard(2, part).to_parquet(tmp_path / f"part-{part}.parquet")
-    images = build_dataset(str(tmp_path), **PIXELS)
+    images = open_images(str(tmp_path), **PIXELS)
     assert sorted(map(value_of, images)) == [0, 10, 20, 30, 40, 50]
 
 
@@ -107,16 +108,16 @@ def test_a_saved_data_set_and_its_splits(tmp_path, table):
     datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(
         tmp_path
     )
-    assert len(build_dataset(str(tmp_path), **PIXELS)) == 6
-    assert value_of(build_dataset(str(tmp_path), **PIXELS, split="test")[0]) == 10
+    assert len(open_images(str(tmp_path), **PIXELS)) == 6
+    assert value_of(open_images(str(tmp_path), **PIXELS, split="test")[0]) == 10
     with pytest.raises(ImageError, match="'val'.*train, test"):
-        build_dataset(str(tmp_path), **PIXELS, split="val")
+        open_images(str(tmp_path), **PIXELS, split="val")
 
 
 def test_a_missing_column_names_those_there_are(tmp_path, table):
     table.to_parquet(tmp_path / "images.parquet")
     with pytest.raises(ImageError, match="'photo'.*image, label.*image_column"):
-        build_dataset(str(tmp_path / "images.parquet"), **PIXELS, image_column="photo")
+        open_images(str(tmp_path / "images.parquet"), **PIXELS, image_column="photo")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -124,7 +125,7 @@ def test_an_undecodable_cell_is_counted(tmp_path, table, streaming):
     rows = [{"image": {"bytes": b"broken", "path": None}, "label": 0}]
     bad = datasets.Dataset.from_list(rows, features=table.features)
     datasets.concatenate_datasets([bad, table]).to_parquet(tmp_path / "images.parquet")
-    images = build_dataset(
+    images = open_images(
         str(tmp_path / "images.parquet"), **PIXELS, streaming=streaming
     )
     samples = list(images)
@@ -136,19 +137,19 @@ def test_an_undecodable_cell_is_counted(tmp_path, table, streaming):
 @pytest.mark.parametrize("name", ["./missing", "/missing/folder", "a b"])
 def test_a_missing_path_is_not_looked_for_on_the_hub(name):
     with pytest.raises(ImageError, match="no such folder or file"):
-        build_dataset(name, **PIXELS)
+        open_images(name, **PIXELS)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "images.csv").write_text("x")
     with pytest.raises(ImageError, match="images.csv.*parquet"):
-        build_dataset(str(tmp_path / "images.csv"), **PIXELS)
+        open_images(str(tmp_path / "images.csv"), **PIXELS)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_pass_through_accelerate(folder, workers):
     (folder / "2.png").write_bytes((folder / "5.png").read_bytes()[:-30])
-    images = build_dataset(str(folder), **PIXELS)
+    images = open_images(str(folder), **PIXELS)
     loader = DataLoader(images, batch_size=3, collate_fn=collate, num_workers=workers)
     batches = list(Accelerator(cpu=True).prepare(loader))
     assert [batch["pixel_values"].shape[0] for batch in batches] == [3, 3]
@@ -168,7 +169,7 @@ def split_into_files(folder, table, files):
 
 
 def stream_of(data, **options):
-    return build_dataset(data, **PIXELS, streaming=True, **options)
+    return open_images(data, **PIXELS, streaming=True, **options)
 
 
 @pytest.mark.parametrize("files,picked", [(2, None), (3, None), (2, 4), (1, 6)])
@@ -247,7 +248,7 @@ def test_an_endless_stream_without_a_usable_image_ends(tmp_path, table):
 
 
 def test_samples_are_spread_over_the_data(folder):
-    images = build_dataset(str(folder), **PIXELS)
+    images = open_images(str(folder), **PIXELS)
     values = [value_of({"pixel_values": pixels}) for pixels in sample_images(images, 3)]
     assert values == [0, 20, 40]
     assert len(sample_images(images, 100)) == 6

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
+from unirefiner_hf.estimate import dry_run
 
 from benchmarks.memory_check import Case, allocated_bytes, estimated_bytes
 from tests.conftest import ALL_FAMILIES, FAMILIES, make_tiny_tower
-from unirefiner_hf.estimate import dry_run
-from unirefiner_hf.estimate.dry_run import dry_step
+from unirefiner_hf.estimation.dry_run import dry_step
 from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.loading.unlocked import UnlockedTower, unlocked_names
-from unirefiner_hf.methods.distillation import PlainDistillation
-from unirefiner_hf.methods.ph_reg import PHReg
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.methods.distillation.objective import Distillation
+from unirefiner_hf.methods.ph_reg.objective import PHReg
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 aten = torch.ops.aten
@@ -30,9 +30,7 @@ def tiny_model(family, attention):
     return model
 
 
-def counted_step(
-    model, settings, checkpointing=False, progress=1.0, method=UniRefinerObjective
-):
+def counted_step(model, settings, checkpointing=False, progress=1.0, method=UniRefiner):
     """Operations of a real step, by PyTorch's own counter."""
     reference = torch.randn(1, 3, SIZE, SIZE)
     objective = method(model, settings, reference).train()
@@ -111,9 +109,9 @@ def test_before_scd_there_is_no_relation_pass():
 def test_the_plain_method_is_counted_as_it_is():
     settings = UniRefinerSettings(method="plain")
     model = tiny_model("dinov2", "sdpa")
-    real = counted_step(model, settings, method=PlainDistillation)
+    real = counted_step(model, settings, method=Distillation)
     model = tiny_model("dinov2", "sdpa").to("meta")
-    cost = without_data(model, settings, objective_type=PlainDistillation)
+    cost = without_data(model, settings, objective_type=Distillation)
     assert cost.total_flops == real
     assert cost.images[dry_run.CROPS] == cost.images[dry_run.RELATION] == 6
     assert cost.images[dry_run.FULL_IMAGE] == 2

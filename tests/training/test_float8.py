@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tests.conftest import make_tiny_tower
-from tests.training.conftest import save_tiny_tower
-from unirefiner_hf.loading.base import load_base
+from tests.training.conftest import refine, save_tiny_tower
+from unirefiner_hf.loading.backbone import load_base
 from unirefiner_hf.loading.float8 import (
     Float8Error,
     Float8Linear,
@@ -15,11 +15,10 @@ from unirefiner_hf.loading.float8 import (
     use_float8,
 )
 from unirefiner_hf.loading.lora import add_adapter
-from unirefiner_hf.methods.settings import UniRefinerSettings
-from unirefiner_hf.methods.unirefiner import UniRefinerObjective
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.run import refine
 
 
 def objective(float8):
@@ -30,7 +29,7 @@ def objective(float8):
     torch.manual_seed(0)
     model.tower = add_adapter(tower, rank=4, dropout=0.0)
     reference = torch.randn(1, 3, 24, 24)
-    return UniRefinerObjective(model, UniRefinerSettings(), reference).train()
+    return UniRefiner(model, UniRefinerSettings(), reference).train()
 
 
 def test_the_product_is_that_of_torch():

@@ -8,19 +8,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from tests.conftest import make_tiny_tower
-from tests.training.conftest import save_tiny_tower
+from tests.training.conftest import refine, save_tiny_tower
 from tests.training.test_run import DEMANDING, adapter, losses
 from unirefiner_hf.evaluation.checkpoints import check_same_tower, load_checkpoint
 from unirefiner_hf.export.checkpoint import ExportError
 from unirefiner_hf.export.reload_check import check_reload, encode, example_pixels
-from unirefiner_hf.export.run_folder import load_refined, merge_run, read_run
-from unirefiner_hf.loading.base import BaseError
-from unirefiner_hf.methods.settings import UniRefinerSettings
+from unirefiner_hf.export.run_folder import load_refined, merge, read_run
+from unirefiner_hf.loading.backbone import BackboneError
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.training.run import RunError, refine
 from unirefiner_hf.training.trainer import (
     CheckpointError,
     RefinementTrainer,
+    RunError,
     load_adapter,
 )
 
@@ -87,7 +87,7 @@ def test_other_processes_load_it_with_and_without_the_package(arguments, tmp_pat
     pixels = example_pixels(base)
     trained = encode(base.model, pixels, native=False)
     base.model.tower = base.model.tower.merge_and_unload()
-    merged = merge_run(run, tmp_path / "merged", model=str(tower))
+    merged = merge(run, tmp_path / "merged", model=str(tower))
     report = check_reload(
         merged, base, trained, pixels, dtype=torch.float32, native=False
     )
@@ -132,18 +132,16 @@ def test_runs_and_checkpoints_merge_again_but_not_natively(
     pixels = torch.randn(1, 3, 24, 24)
     outputs = []
     for folder in (run, run / "checkpoint-2", run / "checkpoint-1"):
-        merged = merge_run(
-            folder, tmp_path / f"m-{folder.name}", model=str(tower_folder)
-        )
+        merged = merge(folder, tmp_path / f"m-{folder.name}", model=str(tower_folder))
         model = AutoModel.from_pretrained(merged).eval()
         outputs.append(model(pixels).last_hidden_state)
     assert outputs[0].equal(outputs[1]) and not outputs[0].equal(outputs[2])
     with pytest.raises(ExportError, match="4 register tokens.*without --native"):
-        merge_run(run, tmp_path / "native", model=str(tower_folder), native=True)
+        merge(run, tmp_path / "native", model=str(tower_folder), native=True)
     file = run / "checkpoint-1" / "register_tokens.safetensors"
     file.unlink()
     with pytest.raises(Exception, match="checkpoint-1 holds no register_tokens"):
-        merge_run(run / "checkpoint-1", tmp_path / "cut", model=str(tower_folder))
+        merge(run / "checkpoint-1", tmp_path / "cut", model=str(tower_folder))
 
 
 def test_an_adapter_of_another_method_does_not_fit(arguments, tower_folder, tmp_path):
@@ -190,7 +188,7 @@ def test_evaluation_knows_it_as_a_result_of_its_base(arguments, tower_folder):
 )
 def test_what_does_not_go_with_it_is_refused(arguments, monkeypatch, model, name):
     monkeypatch.setattr("unirefiner_hf.training.run.check_float8", lambda device: None)
-    with pytest.raises(BaseError, match=f"{name} is .*method ph_reg"):
+    with pytest.raises(BackboneError, match=f"{name} is .*method ph_reg"):
         refine(*arguments(model=model, method=METHOD))
 
 
@@ -217,7 +215,7 @@ def test_a_checkpoint_of_an_unfinished_run_has_no_frame(
     del record["model"]["register_width"]
     (run / "run.json").write_text(json.dumps({**record, "finished": False}))
     merged = tmp_path / "merged"
-    merge_run(run / "checkpoint-1", merged, model=str(tower_folder))
+    merge(run / "checkpoint-1", merged, model=str(tower_folder))
     assert AutoModel.from_pretrained(merged).config.register_width == 0
 
 

@@ -7,12 +7,12 @@ from torch import nn
 from transformers import AutoModel, BitImageProcessorPil
 
 from tests.conftest import make_tiny_tower
+from tests.training.conftest import refine
 from unirefiner_hf.loading import quantized
-from unirefiner_hf.loading.base import load_base
+from unirefiner_hf.loading.backbone import load_base
 from unirefiner_hf.loading.quantized import QuantizationError, quantization
 from unirefiner_hf.modeling.towers import load_tower
 from unirefiner_hf.training.arguments import ModelArguments
-from unirefiner_hf.training.run import refine
 
 
 @pytest.fixture(params=["dinov2"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import refine
 
 if TYPE_CHECKING:
-    from ..estimate.costs import Estimate
+    from ..estimation.estimate import Estimate
 
 UNUSED = ("deepspeed", "fsdp", "fsdp_config", "torch_compile", "tf32", "fp16")
 """Fields that want the machine of the run, or do not change the counts."""
@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
         FileNotFoundError: no such recipe.
         ValueError: an unknown key, GPU or strategy, or a value that does not fit.
     """
-    from ..estimate.costs import estimate
-    from ..estimate.devices import find_device
+    from ..estimation.devices import find_device
+    from ..estimation.estimate import estimate
     from ..training.recipe import build_arguments
 
     device = find_device(arguments.gpu)
@@ -117,7 +117,7 @@ def numbers(found: Estimate) -> dict[str, Any]:
 
 def describe(found: Estimate) -> str:
     """The estimate in words and two tables."""
-    from ..estimate.dry_run import PARTS
+    from ..estimation.dry_run import PARTS
 
     cost, device, config = found.cost, found.device, found.config
     many = f"{found.devices} x {device.name}, {found.strategy}"
@@ -159,7 +159,7 @@ def _tera(flops: float) -> str:
 
 
 def _remedy(found: Estimate) -> str:
-    from ..estimate.dry_run import RECOMPUTATION
+    from ..estimation.dry_run import RECOMPUTATION
 
     if RECOMPUTATION not in found.cost.flops:
         return "--gradient_checkpointing true keeps less of the student"
@@ -170,7 +170,7 @@ def _remedy(found: Estimate) -> str:
 
 
 def _time(found: Estimate) -> list[str]:
-    from ..estimate.dry_run import RELATION
+    from ..estimation.dry_run import RELATION
 
     device, images = found.device, found.batch * found.devices
     rate = "measured" if device.name == "cpu" else "published"

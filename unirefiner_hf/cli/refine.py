@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from ..methods.settings import UniRefinerSettings
-from ..resources import find_recipe
-from ..training.arguments import DataArguments, ModelArguments, RefineTrainingArguments
-from ..training.recipe import Values, build_arguments, expected_values, load_recipe
+from ..methods.registry import METHODS, method_named
+from ..training.arguments import UniRefinerArguments
+from ..training.recipe import Values, expected_values, recipe_of_words
 
 GROUPS = {
-    "model": ModelArguments,
-    "data": DataArguments,
-    "method (UniRefiner)": UniRefinerSettings,
-    "training": RefineTrainingArguments,
+    "arguments": UniRefinerArguments,
+    **{f"method {name}": method_named(name) for name in METHODS},
 }
 DATACLASSES = tuple(GROUPS.values())
 
@@ -58,28 +55,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: an unknown key, or a value that does not fit.
+        UniRefinerError: an unknown key, or a value that does not fit.
     """
-    model, data, method, training = build_arguments(
-        recipe_values(arguments), DATACLASSES
-    )
-
     from ..training.distributed import disconnect
-    from ..training.run import refine
+    from ..training.refine import refine
 
-    refine(model, data, method, training)
+    recipe = recipe_of_words(arguments.config, recipe_overrides(arguments))
+    refine(recipe=recipe)
     disconnect()
 
 
-def recipe_values(arguments: argparse.Namespace) -> dict[str, Values]:
-    """The recipe's words with the options over them.
-
-    Raises:
-        FileNotFoundError: no such recipe.
-        ValueError: an unknown key.
-    """
+def recipe_overrides(arguments: argparse.Namespace) -> dict[str, Values]:
+    """The options that are keys of a recipe."""
     options = vars(arguments)
-    path = None if arguments.config is None else find_recipe(arguments.config)
-    fields = expected_values(DATACLASSES)
-    overrides = {name: options[name] for name in options if name in fields}
-    return load_recipe(path, overrides, DATACLASSES)
+    return {name: options[name] for name in options if name not in ("config", "verb")}

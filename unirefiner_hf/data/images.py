@@ -13,13 +13,15 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..errors import UniRefinerError
+
 MIN_SIDE = 16
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2"}
 )
 
 
-class ImageError(ValueError):
+class ImageError(UniRefinerError):
     """An image cannot be used; the message names it and the reason."""
 
 

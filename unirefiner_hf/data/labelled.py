@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..evaluation.metrics import IGNORE
+from ..errors import UniRefinerError
 from .images import list_images, load_rgb
-from .unlabelled import source_of
+from .tables import load_table, source_of
 
+IGNORE = 255
+"""Label of pixels that do not count."""
 MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")
 
 
-class LabelError(ValueError):
+class LabelError(UniRefinerError):
     """Labels are missing or wrong; the message names the file and the value."""
 
 
@@ -351,9 +353,7 @@ def _has_splits(root: Path) -> bool:
 def _open_table(
     data: str, root: Path, split: str, image_column: str, label_column: str
 ) -> LabelledImages:
-    from .unlabelled import load_table
-
-    table = load_table(data, root, None, split, streaming=False)
+    table = load_table(data, None, split, streaming=False)
     name = root.name if root.exists() else data
     return _pair_columns(table, name, image_column, label_column)
 

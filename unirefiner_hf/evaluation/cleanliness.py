@@ -54,7 +54,7 @@ from ..spurious.diagnose import Diagnosis, Yardstick, diagnose
 from ..spurious.settings import FilterSettings
 from .augment import resize_labels
 from .checkpoints import Checkpoint
-from .metrics import ConfusionMatrix
+from .metric_modules.dense_knn import DenseKnn
 
 SHIFTS = ((0, 1), (1, 0), (1, 2), (2, 1))
 """Shifts in patches, rows and columns, of the views of the shift residual."""
@@ -290,7 +290,6 @@ def _patch_colours(batch: Tensor, patch: int) -> Tensor:
     return functional.avg_pool2d(batch, patch).flatten(2).transpose(1, 2).cpu()
 
 
-@torch.no_grad()
 def knn_retrieval(
     checkpoint: Checkpoint,
     images: LabelledImages,
@@ -302,39 +301,29 @@ def knn_retrieval(
 ) -> dict[str, float]:
     """Labels of each image's tokens, found by the nearest tokens of the other images.
 
-    A token's label is that of the pixel at its centre. The nearest tokens vote with
-    ``exp(cosine / temperature)``.
+    A token's label is that of the pixel at its centre; see `DenseKnn` for the vote.
 
     Returns:
         ``knn_accuracy``, mean over classes, and ``knn_iou``, mean over classes.
 
     Raises:
-        ValueError: fewer than 2 images.
+        UniRefinerError: fewer than 2 images, see `DenseKnn`.
         LabelError: see `ClassLabels.read`.
     """
-    if len(images) < 2:
-        raise ValueError("k-NN retrieval needs at least 2 labelled images.")
     side, device = checkpoint.side(size), checkpoint.model.device
-    tokens, labels = [], []
+    metric = DenseKnn(
+        num_classes=len(classes),
+        neighbours=neighbours,
+        temperature=temperature,
+        device=device,
+        keep_in_memory=True,
+    )
+    measured = []
     for number in range(len(images)):
         image, values = images.pair(number)
         values = classes.read(values, images.names[number])
         pixels = preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
         found = checkpoint.feature_map(pixels[None].to(device))[0]
-        grid = (found.shape[1], found.shape[2])
-        labels.append(torch.from_numpy(resize_labels(values, grid)))
-        tokens.append(functional.normalize(found.flatten(1).T, dim=-1))
-    bank, known = torch.stack(tokens), torch.stack(labels).flatten(1).to(device)
-    confusion = ConfusionMatrix(len(classes))
-    for number, query in enumerate(bank):
-        kept = torch.arange(len(bank), device=device) != number
-        others, answers = bank[kept].flatten(0, 1), known[kept].flatten()
-        usable = answers < len(classes)
-        others, answers = others[usable], answers[usable]
-        cosine, nearest = (query @ others.T).topk(min(neighbours, len(others)), dim=1)
-        weights = ((cosine - cosine[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(query), len(classes), device=device)
-        votes.scatter_add_(1, answers[nearest], weights)
-        confusion.update(votes.argmax(dim=1), known[number])
-    scores = confusion.scores()
-    return {"knn_accuracy": scores.mean_accuracy, "knn_iou": scores.mean_iou}
+        labels = resize_labels(values, (found.shape[1], found.shape[2]))
+        measured.append(metric.measure(found.flatten(1).T, labels.flatten()))
+    return metric.score(measured)

@@ -17,7 +17,8 @@ from ..data.labelled import LabelError, LabelledImages
 from ..spurious.settings import require
 from .augment import distort, normalised, resize_labels
 from .checkpoints import Checkpoint
-from .metrics import DepthErrors, depth_errors
+from .metric_modules.depth_errors import DepthErrors
+from .metrics import ImageDepthErrors
 
 EIGEN_ROWS, EIGEN_COLUMNS = (45, 471), (41, 601)
 EIGEN_SIZE = (480, 640)
@@ -115,9 +116,11 @@ class DepthResult:
 
     Attributes:
         errors: of each seed, of each image.
+        scores: of each seed, what the metric ``depth_errors`` returns.
     """
 
-    errors: list[list[DepthErrors]]
+    errors: list[list[ImageDepthErrors]]
+    scores: list[dict[str, float]]
 
     def per_image(self, name: str) -> np.ndarray:
         """``(seeds, images)`` of ``rmse``, ``absrel`` or ``delta1``."""
@@ -125,10 +128,7 @@ class DepthResult:
 
     def pooled_rmse(self) -> list[float]:
         """RMSE over all pixels of all images at once, of each seed."""
-        return [
-            (sum(e.squared for e in seed) / sum(e.pixels for e in seed)) ** 0.5
-            for seed in self.errors
-        ]
+        return [seed["rmse_pooled"] for seed in self.scores]
 
 
 class DepthHead(nn.Module):
@@ -211,9 +211,13 @@ def evaluate_depth(
 
     Raises:
         LabelError: see `read_depth`.
+        UniRefinerError: no depth of an image lies in range within the Eigen crop.
     """
     heads = [_train(checkpoint, train, settings, seed) for seed in range(seeds)]
-    errors: list[list[DepthErrors]] = [[] for _ in heads]
+    metric = DepthErrors(
+        low=settings.depth_low, high=settings.depth_high, keep_in_memory=True
+    )
+    errors: list[list[ImageDepthErrors]] = [[] for _ in heads]
     for number in tqdm(range(len(val)), desc="validation", leave=False):
         image, values = val.pair(number)
         depth = torch.from_numpy(read_depth(values, val.names[number], settings))
@@ -223,18 +227,21 @@ def evaluate_depth(
         for head, measured in zip(heads, errors, strict=True):
             with torch.no_grad():
                 guess = _resized(head(features), tuple(depth.shape))[0].cpu()
-            measured.append(_measure(guess, depth, settings))
-    return DepthResult(errors)
+            measured.append(metric.measure(*_cropped(guess, depth, settings)))
+    return DepthResult(errors, [metric.score(measured) for measured in errors])
 
 
-def _measure(guess: Tensor, depth: Tensor, settings: DepthSettings) -> DepthErrors:
+def _cropped(
+    guess: Tensor, depth: Tensor, settings: DepthSettings
+) -> tuple[Tensor, Tensor]:
+    """The part of both maps that is measured."""
     eigen = settings.depth_eigen_crop
     if eigen is None:
         eigen = tuple(depth.shape) == EIGEN_SIZE
     if eigen:
         rows, columns = slice(*EIGEN_ROWS), slice(*EIGEN_COLUMNS)
         guess, depth = guess[rows, columns], depth[rows, columns]
-    return depth_errors(guess, depth, settings.depth_low, settings.depth_high)
+    return guess, depth
 
 
 def _resized(depth: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-IGNORE = 255
+from ..data.labelled import IGNORE
+from ..modeling.errors import UniRefinerError
+
 INTERSECTION, PREDICTED, LABELLED = 0, 1, 2
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Weights ``(resamples, images)`` -> value of each resample ``(resamples,)``."""
@@ -34,74 +35,56 @@ class SegmentationScores:
     overall_accuracy: float
 
 
-class ConfusionMatrix:
-    """Pixels of each true class by predicted class, summed over a whole data set.
-
-    Scores follow the arithmetic of the metric ``mean_iou`` of `evaluate`: intersections
-    and unions are summed over the data set before they are divided, ignored pixels count
-    nowhere, classes that never occur are left out of the means.
+def class_areas(
+    prediction: Tensor, label: Tensor, classes: int, ignore: int = IGNORE
+) -> Tensor:
+    """Pixels of each class in one image, where the label does not say to ignore.
 
     Args:
+        prediction: integers of any shape, in [0, classes) where they count.
+        label: the same shape, in [0, classes) or `ignore`.
         classes: number of classes.
         ignore: label of pixels that do not count.
+
+    Returns:
+        ``(classes, 3)`` int64 on the CPU: intersection, predicted and labelled pixels.
+
+    Raises:
+        UniRefinerError: shapes differ, values are no whole numbers, or one that counts is
+            out of range.
     """
-
-    def __init__(self, classes: int, ignore: int = IGNORE) -> None:
-        self.classes = classes
-        self.ignore = ignore
-        self.matrix = torch.zeros(classes, classes, dtype=torch.int64)
-
-    def update(self, prediction: Tensor, label: Tensor) -> Tensor:
-        """Count one image.
-
-        Args:
-            prediction: integers of any shape, in [0, classes).
-            label: the same shape, in [0, classes) or `ignore`.
-
-        Returns:
-            ``(classes, 3)`` int64: intersection, predicted and labelled pixels of the image.
-
-        Raises:
-            ValueError: shapes differ, or a value is out of range.
-        """
-        if prediction.shape != label.shape:
-            raise ValueError(
-                f"The prediction is {tuple(prediction.shape)}, the label "
-                f"{tuple(label.shape)}: they must be of one shape."
+    if prediction.shape != label.shape:
+        raise UniRefinerError(
+            f"The prediction is {tuple(prediction.shape)}, the label "
+            f"{tuple(label.shape)}: they must be of one shape."
+        )
+    for what, values in (("label", label), ("prediction", prediction)):
+        if values.is_floating_point() or values.is_complex():
+            raise UniRefinerError(
+                f"The {what} is {values.dtype}: classes are whole numbers."
             )
-        label, prediction = label.flatten().long(), prediction.flatten().long()
-        kept = label != self.ignore
-        label, prediction = label[kept], prediction[kept]
-        for what, values in (("label", label), ("prediction", prediction)):
-            wrong = values[(values < 0) | (values >= self.classes)]
-            if len(wrong):
-                raise ValueError(
-                    f"A {what} is {wrong[0].item()}; there are {self.classes} classes, 0 to "
-                    f"{self.classes - 1}, and {self.ignore} for ignored pixels."
-                )
-        cells = label * self.classes + prediction
-        counts = torch.bincount(cells, minlength=self.classes**2)
-        counts = counts.view(self.classes, self.classes).cpu()
-        self.matrix += counts
-        return torch.stack((counts.diagonal(), counts.sum(0), counts.sum(1)), dim=1)
-
-    def all_reduce(self) -> None:
-        """Sum over processes, where there are several."""
-        if dist.is_available() and dist.is_initialized():
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            total = self.matrix.to(device)
-            dist.all_reduce(total)
-            self.matrix = total.cpu()
-
-    def scores(self) -> SegmentationScores:
-        """What was counted so far."""
-        matrix = self.matrix
-        areas = torch.stack((matrix.diagonal(), matrix.sum(0), matrix.sum(1)), dim=1)
-        return scores_of(areas.numpy())
+    label, prediction = label.flatten().long(), prediction.flatten().long()
+    kept = label != ignore
+    label, prediction = label[kept], prediction[kept]
+    for what, values in (("label", label), ("prediction", prediction)):
+        wrong = values[(values < 0) | (values >= classes)]
+        if len(wrong):
+            raise UniRefinerError(
+                f"A {what} is {wrong[0].item()}; there are {classes} classes, 0 to "
+                f"{classes - 1}, and {ignore} for ignored pixels."
+            )
+    cells = torch.bincount(label * classes + prediction, minlength=classes**2)
+    cells = cells.view(classes, classes).cpu()
+    return torch.stack((cells.diagonal(), cells.sum(0), cells.sum(1)), dim=1)
 
 
 def scores_of(areas: np.ndarray) -> SegmentationScores:
-    """Scores of summed areas ``(classes, 3)``: intersection, predicted, labelled."""
+    """Scores of areas ``(classes, 3)``, see `class_areas`, summed over the images.
+
+    The arithmetic is that of the metric ``mean_iou`` of `evaluate`: areas are summed over
+    the data set before they are divided, ignored pixels count nowhere, classes that never
+    occur are left out of the means.
+    """
     areas = areas.astype(np.float64)
     hit, labelled = areas[:, INTERSECTION], areas[:, LABELLED]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -122,7 +105,7 @@ def mean_iou_statistic(areas: np.ndarray) -> Statistic:
     """Mean IoU, averaged over seeds, as a function of how often each image counts.
 
     Args:
-        areas: ``(seeds, images, classes, 3)`` of `ConfusionMatrix.update`.
+        areas: ``(seeds, images, classes, 3)`` of `class_areas`.
     """
     seeds, images, classes, _ = areas.shape
 
@@ -174,7 +157,7 @@ def paired_bootstrap(
 
 
 @dataclass(frozen=True)
-class DepthErrors:
+class ImageDepthErrors:
     """Errors of one image's depth over its valid pixels.
 
     Attributes:
@@ -194,30 +177,46 @@ class DepthErrors:
 
 def depth_errors(
     prediction: Tensor, depth: Tensor, low: float = 1e-3, high: float = 10.0
-) -> DepthErrors:
+) -> ImageDepthErrors:
     """Compare ``(height, width)`` depths in metres where the truth lies in (low, high].
 
     Predictions are clamped to [low, high] first.
 
     Raises:
-        ValueError: shapes differ, or no pixel is valid.
+        UniRefinerError: shapes differ, no pixel is valid, or a prediction of a valid one
+            is not a number.
     """
     if prediction.shape != depth.shape:
-        raise ValueError(
+        raise UniRefinerError(
             f"The prediction is {tuple(prediction.shape)}, the depth {tuple(depth.shape)}: "
             "they must be of one shape."
         )
     valid = (depth > low) & (depth <= high)
     if not valid.any():
-        raise ValueError(f"No pixel has a depth in ({low}, {high}] metres.")
+        raise UniRefinerError(f"No pixel has a depth in ({low}, {high}] metres.")
     true, guess = depth[valid].double(), prediction[valid].double().clamp(low, high)
+    if guess.isnan().any():
+        raise UniRefinerError(
+            f"{int(guess.isnan().sum())} of {len(guess)} predicted depths are nan."
+        )
     squared = ((guess - true) ** 2).sum().item()
     ratio = torch.maximum(guess / true, true / guess)
     count = int(valid.sum())
-    return DepthErrors(
+    return ImageDepthErrors(
         rmse=(squared / count) ** 0.5,
         absrel=((guess - true).abs() / true).mean().item(),
         delta1=(ratio < 1.25).double().mean().item(),
         squared=squared,
         pixels=count,
     )
+
+
+def depth_scores(errors: Sequence[ImageDepthErrors]) -> dict[str, float]:
+    """``rmse``, ``absrel``, ``delta1``: means of images; ``rmse_pooled``: of all pixels."""
+    scores = {
+        name: float(np.mean([getattr(image, name) for image in errors]))
+        for name in ("rmse", "absrel", "delta1")
+    }
+    pixels = sum(image.pixels for image in errors)
+    scores["rmse_pooled"] = (sum(image.squared for image in errors) / pixels) ** 0.5
+    return scores

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.images import preprocess
-from ..data.labelled import ClassLabels, LabelledImages
+from ..data.labelled import IGNORE, ClassLabels, LabelledImages
 from ..spurious.settings import require
 from .augment import CropSettings, normalised, resize_labels, training_crop
 from .checkpoints import Checkpoint
-from .metrics import IGNORE, ConfusionMatrix, SegmentationScores
+from .metric_modules.mean_iou import MeanIou
+from .metrics import SegmentationScores
 
 FAST_SCALE = 4
 """The fast mode trains on labels this many times finer than the token grid."""
@@ -136,7 +137,7 @@ class SegmentationResult:
 
     Attributes:
         scores: of each seed.
-        areas: ``(seeds, images, classes, 3)`` int64, see `ConfusionMatrix.update`.
+        areas: ``(seeds, images, classes, 3)`` int64, see `class_areas`.
         predictions: of the first seed, ``(height, width)`` uint8 or int64 of the first
             images, for pictures.
     """
@@ -171,6 +172,7 @@ def evaluate_segmentation(
 
     Raises:
         LabelError: see `ClassLabels.read`.
+        UniRefinerError: every label of `val` is ignored.
     """
     run = _fast_run if settings.fast else _full_run
     return run(checkpoint, train, val, classes, settings, seeds, pictures)
@@ -302,10 +304,12 @@ def _gathered(
 
 
 class Validation:
-    """Counts the predictions of one seed."""
+    """Measures the predictions of one seed with the metric ``mean_iou``."""
 
     def __init__(self, classes: int, pictures: int) -> None:
-        self.confusion = ConfusionMatrix(classes)
+        self.metric = MeanIou(
+            num_classes=classes, per_category=True, keep_in_memory=True
+        )
         self.pictures = pictures
         self.areas: dict[int, np.ndarray] = {}
         self.predictions: dict[int, np.ndarray] = {}
@@ -317,16 +321,24 @@ class Validation:
 
     def count(self, number: int, prediction: Tensor, label: np.ndarray) -> None:
         """One image's predicted classes ``(height, width)``, on the CPU."""
-        areas = self.confusion.update(prediction, torch.from_numpy(label))
-        self.areas[number] = areas.numpy()
+        self.areas[number] = self.metric.measure(prediction, label)
         if number < self.pictures:
             self.predictions[number] = prediction.numpy()
 
     def finish(self) -> tuple[SegmentationScores, np.ndarray, list[np.ndarray]]:
-        """Scores over all processes, areas of each image, first predictions."""
-        self.confusion.all_reduce()
+        """Scores over all processes, areas of each image, first predictions.
+
+        Raises:
+            UniRefinerError: every label is ignored.
+        """
         areas, shown = _gathered(self.areas, self.predictions, self.pictures)
-        return self.confusion.scores(), areas, shown
+        found = self.metric.score(list(areas))
+        scores = SegmentationScores(
+            iou=np.array(found.pop("per_category_iou")),
+            accuracy=np.array(found.pop("per_category_accuracy")),
+            **found,
+        )
+        return scores, areas, shown
 
 
 # Fast mode: every image through the tower once

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from ..data.images import preprocess
 from ..data.labelled import ClassLabels, LabelError, LabelledImages
 from ..modeling.dense_text import check_variant, default_variant, dense_text_features
+from ..modeling.errors import UniRefinerError
+from ..modeling.families import image_size_of
 from ..modeling.text_side import TextSide, TextSideError, load_text_side
-from ..modeling.towers import image_size_of
 from ..spurious.settings import require
 from .checkpoints import Checkpoint
 from .segmentation import SegmentationResult, Validation, processes, resized, slide
@@ -147,7 +148,7 @@ def protocol_of(
     """The numbers a tower is measured with; the same for every tower of one base.
 
     Raises:
-        ValueError: a variant the tower does not have, a short side below the window, or
+        UniRefinerError: a variant the tower does not have, a short side below the window, or
             a threshold where no class is background.
     """
     config = checkpoint.model.config.vision_config
@@ -158,14 +159,14 @@ def protocol_of(
     if side is None:
         side = math.ceil(window * words.short_side / PUBLISHED_WINDOW)
     if side < window:
-        raise ValueError(
+        raise UniRefinerError(
             f"short_side is {side} and the window {window} pixels: make the side as long, "
             "or the window smaller."
         )
     threshold = settings.background_threshold
     threshold = words.threshold if threshold is None else threshold
     if threshold and words.background is None:
-        raise ValueError(
+        raise UniRefinerError(
             f"background_threshold is {threshold}, but no class of {words.title} is "
             "background: leave it out, or call a class 'background'."
         )
@@ -396,6 +397,7 @@ def evaluate_zero_shot(
 
     Raises:
         LabelError: see `ClassLabels.read`.
+        UniRefinerError: every label is ignored.
     """
     validation = Validation(len(classes), pictures)
     mine, count = processes()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..methods.ph_reg_settings import PHRegSettings
-from ..methods.settings import PLAIN_FIELDS
+from ..methods.registry import method_named, setting_names
+from ..methods.settings import ADAPTER, MethodSettings
+from ..modeling.errors import UniRefinerError
 from ..resources import resource_folder
 
 TEMPLATE = "card.md.jinja"
@@ -21,13 +22,8 @@ SHARES = {
     "ah": "attention hijackee (AH)",
     "spurious": "either",
 }
-ENDINGS = {
-    "unirefiner": "unirefined",
-    "ph_reg": "ph-reg",
-    "plain": "distilled",
-}
-"""Method -> what the name of its model ends with."""
-PH_REG_FIELDS = tuple(field.name for field in fields(PHRegSettings))
+TRAINING = ("optimizer", "learning_rate", "weight_decay", "schedule")
+"""What a card's table tells of the training, beside batch and precision."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,10 @@ class CardData:
     Attributes:
         base: Hub id or name of the base model.
         license: the base's; None says so in the card and leaves the metadata out.
-        family: `model_type` of the tower.
-        layers: of the tower.
+        family: `model_type` of the backbone.
+        layers: of the backbone.
         image_size: pixels a side.
-        register_width: frame of the published model, in patches.
+        register_width: border of the published model, in patches.
         data: the images, in words.
         recipe: setting -> value, as run.
         steps, seconds, hardware: of the training; seconds is None for a checkpoint.
@@ -71,7 +67,25 @@ class CardData:
     @property
     def name(self) -> str:
         """Name of the refined model."""
-        return f"{self.base.split('/')[-1]}-{ENDINGS[self.recipe['method']]}"
+        return f"{self.base.split('/')[-1]}-{self.method.ending}"
+
+    @property
+    def method(self) -> type[MethodSettings]:
+        """What made the model."""
+        return method_named(self.recipe["method"])
+
+    @property
+    def summary(self) -> str:
+        """The model in a paragraph, in the words of its method."""
+        return self._told(self.method.summary)
+
+    @property
+    def registers(self) -> str:
+        """Its learned register tokens in a line; empty without."""
+        return self._told(self.method.registers)
+
+    def _told(self, words: str) -> str:
+        return words.format_map({**self.recipe, "base": self.base})
 
     @property
     def path(self) -> str:
@@ -104,23 +118,25 @@ def card_from_record(
     """Read a card's data off a run's record (``run.json``) and its evaluations.
 
     Raises:
-        ValueError: the record is of an unfinished run or of a later format.
+        UniRefinerError: the record is of an unfinished run or of a later format.
     """
     if record.get("format") != 1:
-        raise ValueError(f"run.json is of format {record.get('format')!r}, expected 1.")
+        raise UniRefinerError(
+            f"run.json is of format {record.get('format')!r}, expected 1."
+        )
     model, data, training = record["model"], record["data"], record["training"]
     if "steps" not in training:
-        raise ValueError("The run is not finished: continue it with --resume.")
+        raise UniRefinerError("The run is not finished: continue it with --resume.")
     method = dict(record["method"])
+    kind = method_named(method.pop("name"))
+    own = ("register_factor", "register_fill", "final_norm", *ADAPTER)
+    known = setting_names(kind)
     recipe = {
-        "method": method.pop("name"),
-        **{k: model[k] for k in ("register_factor", "register_fill", "final_norm")},
-        **{k: model[k] for k in ("lora_rank", "lora_alpha", "lora_dropout")},
-        **{k: training[k] for k in ("optimizer", "learning_rate", "weight_decay")},
-        **{k: training[k] for k in ("schedule", "total_batch", "precision")},
-        **method,
+        "method": kind.name,
+        **{k: model[k] for k in own if k in model and k not in kind.unread},
+        **{k: training[k] for k in (*TRAINING, "total_batch", "precision")},
+        **{k: v for k, v in method.items() if k in known},
     }
-    recipe = _read_by(recipe)
     count = data.get("images")
     used = f"{count - len(data['skipped'])} unlabelled images" if count else "images"
     return CardData(
@@ -143,19 +159,6 @@ def card_from_record(
     )
 
 
-def _read_by(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the recipe's method reads."""
-    if recipe["method"] == "unirefiner":
-        return {k: v for k, v in recipe.items() if k not in PH_REG_FIELDS}
-    names = {"method", "final_norm", "optimizer", "learning_rate", "weight_decay"}
-    names |= {"schedule", "total_batch", "precision"}
-    if recipe["method"] == "ph_reg":
-        names |= {*PH_REG_FIELDS}
-    else:
-        names |= {"lora_rank", "lora_alpha", "lora_dropout", *PLAIN_FIELDS}
-    return {name: value for name, value in recipe.items() if name in names}
-
-
 def render_card(
     card: CardData,
     pictures: Sequence[str] = (),
@@ -167,10 +170,15 @@ def render_card(
 
     Args:
         pictures: file names beside the card.
-        native: the checkpoint is the plain tower, without the frame.
+        native: the checkpoint is the bare backbone, without the border of registers.
         weights: file beside the card -> its sha256, which `unirefiner verify` compares.
     """
-    own = {"base": card.base, "version": card.version, "weights": dict(weights or {})}
+    own = {
+        "base": card.base,
+        "method": card.method.name,
+        "version": card.version,
+        "weights": dict(weights or {}),
+    }
     results = [_eval_result(entry) for entry in card.evaluations]
     metadata = ModelCardData(
         base_model=card.base if card.base_on_hub else None,

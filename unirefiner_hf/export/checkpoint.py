@@ -10,40 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import SiglipImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..loading.unlocked import UnlockedTower
+from ..loading.adapter import is_adapted, merge_adapter, save_adapter
+from ..modeling.errors import UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
-from ..training.trainer import save_adapter
-from .card import CardData, render_card
+from .card import METADATA, CardData, render_card
 from .digests import weight_digests
+from .run_folder import ADAPTER, is_run
 
-ADAPTER = "adapter"
 SHARD_SIZE = "5GB"
 """Largest file of weights; bigger models are written as several."""
 
 
-class ExportError(RuntimeError):
+class ExportError(UniRefinerError, RuntimeError):
     """The checkpoint could not be written; nothing is left half-written."""
 
 
-def merge_adapter(model: UniRefinerModel, dtype: torch.dtype = torch.float32) -> None:
-    """Merge the tower's adapter into its weights, in float32, then cast.
-
-    In place: afterwards `model.tower` is the plain tower, on the CPU. Weights that were
-    loaded in a lower precision stay as coarse as they are.
-    """
-    model.cpu().float()
-    if isinstance(model.tower, (PeftModel, UnlockedTower)):
-        model.tower = model.tower.merge_and_unload()
-    model.to(dtype)  # type: ignore[arg-type]
-    model.config.vision_config = model.tower.config
+def is_ours(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint that this package wrote, and no run."""
+    readme = Path(folder) / "README.md"
+    if not readme.is_file() or is_run(Path(folder)):
+        return False
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    return METADATA in ModelCard(text, ignore_metadata_errors=True).data.to_dict()
 
 
 def export_refined(
@@ -84,9 +80,9 @@ def export_refined(
         max_shard_size: such as ``5GB``; a larger model is saved in several files.
 
     Raises:
-        ValueError: `image_size` is not a multiple of the patch size.
-        ExportError: the folder is not empty, writing failed (a full disk), or `native` is
-            asked of a model with register tokens, which the plain tower has no place for.
+        ExportError: `image_size` is not a multiple of the patch size, the folder is not
+            empty, writing failed (a full disk), or `native` is asked of a model with register
+            tokens, which the bare backbone has no place for.
     """
     if native and model.config.num_register_tokens:
         raise ExportError(
@@ -95,7 +91,7 @@ def export_refined(
         )
     folder = Path(folder).absolute()
     if image_size % model.patch_size:
-        raise ValueError(
+        raise ExportError(
             f"image_size is {image_size}; it must be a multiple of the patch size "
             f"{model.patch_size}."
         )
@@ -109,8 +105,7 @@ def export_refined(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        if isinstance(model.tower, (PeftModel, UnlockedTower)):
-            (draft / ADAPTER).mkdir()
+        if is_adapted(model):
             save_adapter(model, draft / ADAPTER)
         merge_adapter(model, dtype)
         saved = model.tower if native else model

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-UNFINISHED_TRAINING = ("last-checkpoint", "checkpoint-")
-"""Folders a run in progress leaves in a repository; they are no part of the model."""
+from .run_folder import CHECKPOINT, LAST
 
 
 def sha256(file: Path) -> str:
@@ -19,8 +18,11 @@ def sha256(file: Path) -> str:
 
 
 def is_of_training(name: str) -> bool:
-    """Whether a file of a repository belongs to a checkpoint of training."""
-    return "/" in name and name.startswith(UNFINISHED_TRAINING)
+    """Whether a file of a repository belongs to a checkpoint of training.
+
+    Runs in progress leave such folders there; they are no part of the model.
+    """
+    return "/" in name and name.startswith((LAST, CHECKPOINT))
 
 
 def weight_digests(folder: Path) -> dict[str, str]:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data.images import default_reference, preprocess
-from ..loading.base import Base
+from ..errors import UniRefinerError
+from ..loading.backbone import Backbone
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..resources import PACKAGE
 from . import fresh_process
@@ -29,7 +30,7 @@ rounded once (relative 2^-11 and 2^-9) and the layers add it up.
 """
 
 
-class ReloadError(RuntimeError):
+class ReloadError(UniRefinerError, RuntimeError):
     """The written checkpoint does not give the tokens of the trained model."""
 
 
@@ -46,7 +47,7 @@ class ReloadReport:
     reloaded: dict[str, float]
 
 
-def example_pixels(base: Base) -> Tensor:
+def example_pixels(base: Backbone) -> Tensor:
     """The reference photograph as the tower takes it, ``(1, 3, side, side)``."""
     size = (base.image_size, base.image_size)
     return preprocess(default_reference(), size, base.mean, base.std).unsqueeze(0)
@@ -61,7 +62,7 @@ def encode(model: UniRefinerModel, pixels: Tensor, *, native: bool) -> Tensor:
 
 def check_reload(
     folder: Path,
-    base: Base,
+    base: Backbone,
     trained: Tensor,
     pixels: Tensor,
     *,
@@ -109,7 +110,7 @@ def relative_error(tokens: Tensor, expected: Tensor) -> float:
 
 
 def _encode_in_fresh_process(
-    folder: Path, pixels: Tensor, code: str, base: Base
+    folder: Path, pixels: Tensor, code: str, base: Backbone
 ) -> Tensor:
     """Raises `ReloadError` with the end of what the process said, if it failed."""
     with tempfile.TemporaryDirectory() as scratch:

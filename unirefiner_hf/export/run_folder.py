@@ -1,4 +1,4 @@
-"""Read a finished or stopped run back, to merge it."""
+"""The folder of a run: what its files are called, and how they are read and written."""
 
 from __future__ import annotations
 
@@ -8,41 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from PIL import Image
-from transformers.utils import logging
+from ..loading import adapter as adapter_files
+from ..methods.registry import current_name, method_named, setting_names
+from ..methods.settings import MethodSettings
+from ..modeling.errors import UniRefinerError
 
-from ..evaluation.results import FILE as EVALUATION
-from ..evaluation.results import read_results
-from ..loading.base import Base, load_base
-from ..loading.starter import NAME as STARTER
-from ..methods.settings import UniRefinerSettings
-from ..training.arguments import ModelArguments
-from ..training.trainer import (
-    ADAPTER_WEIGHTS,
-    CheckpointError,
-    load_adapter,
-    read_refiner_state,
-)
-from .card import card_from_record
-from .checkpoint import ADAPTER, SHARD_SIZE, export_refined
-
-logger = logging.get_logger(__name__)
-
-RECORD = "run.json"
-PICTURE = "before_after.png"
-BASE_KEYS = (
-    "image_size",
-    "final_norm",
-    "register_fill",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-)
+RECORD, METRICS, PICTURE = "run.json", "metrics.json", "before_after.png"
+ADAPTER, MERGED, PUBLISHED, SNAPSHOTS = "adapter", "merged", "published", "snapshots"
+EVALUATION, EVALUATION_FORMAT = "evaluation.json", 1
+"""Beside a merged checkpoint."""
+CHECKPOINT, STAGING = "checkpoint-", ".unfinished"
+TRAINER_STATE, REFINER_STATE = "trainer_state.json", "refiner_state.json"
+OPTIMIZER_STATE, SCHEDULER_STATE = "optimizer.safetensors", "scheduler.safetensors"
+"""In a checkpoint; `random_state_file` and `stream_file` are there for each process."""
+LAST = "last-checkpoint"
+"""On the Hub, the newest checkpoint of a run in progress."""
+FORMAT = 1
+"""Of the record."""
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UniRefinerError):
     """The folder holds no run that could be merged, or not of this base."""
 
 
@@ -63,6 +48,114 @@ class RunFolder:
     pictures: tuple[Path, ...]
     evaluation: Path | None = None
 
+    @property
+    def settings(self) -> MethodSettings:
+        """The method of the run as it was set; older records lack some of it."""
+        return recorded_settings(self.record)
+
+
+def random_state_file(process: int) -> str:
+    """Random states of a process, in a checkpoint."""
+    return f"random_state_{process}.safetensors"
+
+
+def stream_file(process: int) -> str:
+    """Where a process is in its stream, in a checkpoint."""
+    return f"stream_position_{process}.json"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a checkpoint in its run."""
+    return f"{CHECKPOINT}{step}"
+
+
+def checkpoint_step(folder: Path | str) -> int | None:
+    """The step a checkpoint's folder is named for, None of another folder."""
+    number = Path(folder).name.removeprefix(CHECKPOINT)
+    named = Path(folder).name.startswith(CHECKPOINT) and number.isdigit()
+    return int(number) if named else None
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints of a run, the newest last."""
+    found = [(checkpoint_step(folder), folder) for folder in run.glob(f"{CHECKPOINT}*")]
+    return sorted(
+        step
+        for step, folder in found
+        if step is not None and (folder / TRAINER_STATE).is_file()
+    )
+
+
+def last_checkpoint_step(run: Path) -> int | None:
+    """Step of the newest checkpoint of a run, None without one."""
+    return max(checkpoint_steps(run), default=None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run left its record there."""
+    return (folder / RECORD).is_file()
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """The record of a run.
+
+    Raises:
+        RunFolderError: none there, or not one this version reads.
+    """
+    file = run / RECORD
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise RunFolderError(f"{file} cannot be read: {problem}") from problem
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise RunFolderError(f"{file} is of format {found!r}, expected {FORMAT}.")
+    return record
+
+
+def recorded_method(run: Path) -> str | None:
+    """Name of the method that made a run's model, None where no record says."""
+    if not is_run(run):
+        return None
+    method = read_record(run).get("method")
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        raise RunFolderError(
+            f"{run / RECORD} names no method: put the record of the run back, or move the "
+            "model out of its folder."
+        )
+    return current_name(method["name"])
+
+
+def recorded_settings(record: dict[str, Any]) -> MethodSettings:
+    """The method of a record, with those of its settings that it has today."""
+    values = dict(record["method"])
+    kind = method_named(values.pop("name"))
+    known = setting_names(kind)
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def read_evaluation(file: Path) -> list[dict[str, Any]]:
+    """Entries of an ``evaluation.json`` beside a checkpoint; none where there is no file.
+
+    Raises:
+        UniRefinerError: a later format.
+    """
+    if not file.is_file():
+        return []
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("format") != EVALUATION_FORMAT:
+        raise UniRefinerError(
+            f"{file} is of format {content.get('format')!r}, expected "
+            f"{EVALUATION_FORMAT}: move it away, or use the version of unirefiner_hf that "
+            "wrote it."
+        )
+    return content["entries"]
+
+
+def read_refiner_state(checkpoint: Path) -> dict[str, Any]:
+    """Lazy channels and skipped images a checkpoint recorded."""
+    return json.loads((checkpoint / REFINER_STATE).read_text())
+
 
 def read_run(folder: str | Path) -> RunFolder:
     """Find the adapter and the record of a run.
@@ -75,41 +168,35 @@ def read_run(folder: str | Path) -> RunFolder:
             checkpoints).
     """
     folder = Path(folder).absolute()
-    checkpoint = folder.name.removeprefix("checkpoint-")
-    is_checkpoint = folder.name.startswith("checkpoint-") and checkpoint.isdigit()
-    run = folder.parent if is_checkpoint else folder
-    if not (run / RECORD).is_file():
+    step = checkpoint_step(folder)
+    run = folder if step is None else folder.parent
+    if not is_run(run):
         raise RunFolderError(
             f"{folder} is not a run: there is no {run / RECORD}. Name the output_dir of "
             "a refinement, or a checkpoint-N inside it."
         )
-    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-    adapter = folder if is_checkpoint else run / ADAPTER
-    if not is_checkpoint and not record["finished"]:
+    record = read_record(run)
+    adapter = run / ADAPTER if step is None else folder
+    if step is None and not record["finished"]:
+        there = ", ".join(map(checkpoint_name, checkpoint_steps(run)))
         raise RunFolderError(
             f"{run} is not finished: continue it with --resume, or merge one of its "
-            f"checkpoints ({_checkpoints(run)})."
+            f"checkpoints ({there or 'it has none yet'})."
         )
-    if not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise RunFolderError(f"{adapter} holds no {ADAPTER_WEIGHTS}.")
-    if is_checkpoint:
-        record = _at_checkpoint(record, int(checkpoint))
+    if not (adapter / adapter_files.WEIGHTS).is_file():
+        raise RunFolderError(f"{adapter} holds no {adapter_files.WEIGHTS}.")
+    if step is not None:
+        record = _at_checkpoint(record, step)
         skipped = read_refiner_state(folder)["skipped"]
         record["data"].setdefault("skipped", skipped)
-    picture = run / PICTURE
-    shown = picture.is_file() and not is_checkpoint
-    measured = run / "merged" / EVALUATION
+        return RunFolder(record, adapter, ())
+    picture, measured = run / PICTURE, run / MERGED / EVALUATION
     return RunFolder(
         record,
         adapter,
-        (picture,) if shown else (),
-        measured if measured.is_file() and not is_checkpoint else None,
+        (picture,) if picture.is_file() else (),
+        measured if measured.is_file() else None,
     )
-
-
-def _checkpoints(run: Path) -> str:
-    folders = sorted(run.glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1]))
-    return ", ".join(folder.name for folder in folders) or "it has none yet"
 
 
 def _at_checkpoint(record: dict[str, Any], step: int) -> dict[str, Any]:
@@ -118,158 +205,3 @@ def _at_checkpoint(record: dict[str, Any], step: int) -> dict[str, Any]:
     record["training"].update(steps=step, seconds=None)
     record.update(losses={}, spurious_shares=None)
     return record
-
-
-def merge_run(
-    folder: str | Path,
-    output: str | Path,
-    *,
-    model: str | None = None,
-    model_license: str | None = None,
-    register_width: int | None = None,
-    keep_text: bool | None = None,
-    dtype: torch.dtype = torch.float32,
-    native: bool = False,
-    overwrite: bool = False,
-    max_shard_size: str = SHARD_SIZE,
-) -> Path:
-    """Load a run's base in float32, put its adapter on, merge, and write the result.
-
-    Args:
-        folder: as in `read_run`.
-        output: folder of the checkpoint; see `export_refined`, as for the last four.
-        model: Hub name or folder of the base, where it is not the recorded Hub name.
-        model_license: of the base, where the run does not know it.
-        register_width: frame of the published model in patches; None: the run's.
-        keep_text: keep the base's text side; None: as the run was asked to.
-
-    Returns:
-        The folder written.
-
-    Raises:
-        RunFolderError: as `read_run`; the base is not known where it lies; or the
-            adapter does not fit it.
-        ExportError: see `export_refined`.
-    """
-    run = read_run(folder)
-    kept = False if native else keep_text
-    base = load_refined(run, model, model_license, register_width, kept)
-    return export_run(
-        run,
-        base,
-        output,
-        dtype=dtype,
-        native=native,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-    )
-
-
-def load_refined(
-    run: RunFolder,
-    model: str | None = None,
-    model_license: str | None = None,
-    register_width: int | None = None,
-    keep_text: bool | None = None,
-) -> Base:
-    """The refined model of a run, its adapter not merged; arguments as in `merge_run`.
-
-    What is asked for goes into the record too, for the card.
-
-    Raises:
-        RunFolderError: see `merge_run`.
-    """
-    if model_license is not None:
-        run.record["model"]["license"] = model_license
-    base = _load(run, model, keep_text)
-    run.record["model"]["license"] = base.license
-    config = base.model.config
-    config.register_width = _register_width(run, register_width, base)
-    run.record["model"]["register_width"] = config.register_width
-    return base
-
-
-def export_run(
-    run: RunFolder,
-    base: Base,
-    output: str | Path,
-    *,
-    repo_id: str | None = None,
-    **options: Any,
-) -> Path:
-    """Merge what `load_refined` gave and write it; options as of `export_refined`.
-
-    Args:
-        repo_id: where it will be on the Hub; None where that is not known.
-    """
-    entries, results = [], {}
-    if run.evaluation is not None:
-        results[EVALUATION] = run.evaluation.read_bytes()
-        entries = read_results(run.evaluation)
-    width = 0 if options.get("native") else base.model.config.register_width
-    other = [entry for entry in entries if entry["register_width"] != width]
-    if other:
-        logger.warning(
-            f"{len(other)} evaluations are not in the card: they were made with another "
-            f"frame than the {width} patches of this model."
-        )
-    entries = [entry for entry in entries if entry["register_width"] == width]
-    return export_refined(
-        base.model,
-        output,
-        image_processor=base.processor,
-        image_size=base.image_size,
-        card=card_from_record(run.record, entries, repo_id),
-        images={picture.name: Image.open(picture) for picture in run.pictures},
-        results=results,
-        text_side=None if base.text_side is None else base.text_side(),
-        **options,
-    )
-
-
-def _load(run: RunFolder, model: str | None, keep_text: bool | None) -> Base:
-    recorded = run.record["model"]
-    name = recorded["base"]
-    if model is None and "/" not in name and name != STARTER:
-        raise RunFolderError(
-            f"The run started from a local model called {name!r}: say where it lies with "
-            "--model."
-        )
-    arguments = ModelArguments(
-        model=name if model is None else model,
-        revision=recorded["revision"] if model is None else None,
-        model_license=recorded["license"],
-        base_dtype="float32",
-        keep_text=recorded.get("keep_text") if keep_text is None else keep_text,
-        **{key: recorded[key] for key in BASE_KEYS},
-    )
-    try:
-        base = load_base(arguments, _settings(run.record["method"]))
-        load_adapter(base.model, run.adapter)
-    except CheckpointError as problem:
-        raise RunFolderError(
-            f"{arguments.model} is not the base of this run, which is {name}: {problem}"
-        ) from problem
-    if isinstance(base.model.tower, PeftModel):
-        base.model.tower.peft_config["default"].base_model_name_or_path = name
-    return base
-
-
-def _settings(method: dict[str, Any]) -> UniRefinerSettings:
-    """What decides the shape of the trained weights; older records lack some of it."""
-    tokens = {k: v for k, v in method.items() if k == "register_tokens"}
-    return UniRefinerSettings(method=method["name"], **tokens)
-
-
-def _register_width(run: RunFolder, asked: int | None, base: Base) -> int:
-    """Asked for, recorded at the end of the run, or that of training."""
-    recorded = run.record["model"]
-    if asked is not None:
-        return asked
-    for key in ("register_width", "inference_register_width"):
-        if recorded.get(key) is not None:
-            return recorded[key]
-    if run.record["method"]["name"] in ("plain", "ph_reg"):
-        return 0
-    side = base.image_size // base.model.patch_size
-    return max(1, side // recorded["register_factor"])

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging
 
+from ..errors import UniRefinerError
 from ..export.card import METADATA
 from ..export.digests import is_of_training
 
@@ -37,7 +38,7 @@ LONGEST_WAIT = 300.0
 MAIN = "main"
 
 
-class HubError(ValueError):
+class HubError(UniRefinerError):
     """The Hub refused, and the message says what to do."""
 
 

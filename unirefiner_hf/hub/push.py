@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,16 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..export.checkpoint import SHARD_SIZE
+from ..export.merge import export_run, load_refined
 from ..export.reload_check import ReloadReport, check_reload, encode, example_pixels
-from ..export.run_folder import export_run, load_refined, read_run
+from ..export.run_folder import PUBLISHED, read_run
+from ..loading.backbone import Model
 from ..modeling.text_side import TEXT
+from ..results import Result, Table
 from .client import (
     HubError,
     RemoteState,
@@ -37,7 +42,7 @@ from .client import (
 
 logger = logging.get_logger(__name__)
 
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 STALE = (".safetensors", ".safetensors.index.json", ".py", ".png")
 """Endings of files of ours that a push removes when the new model has none of the name."""
@@ -45,7 +50,7 @@ CONFLICTS = (409, 412)
 
 
 @dataclass(frozen=True)
-class Pushed:
+class Pushed(Result):
     """What a push did.
 
     Attributes:
@@ -68,6 +73,47 @@ class Pushed:
     pull_request: str | None
     check: ReloadReport
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            **dataclasses.asdict(self),
+            "folder": str(self.folder),
+            "uploaded": list(self.uploaded),
+            "removed": list(self.removed),
+        }
+
+    @property
+    def title(self) -> str:
+        """Where it is."""
+        return f"{self.repo_id} at {self.url}"
+
+    def tables(self) -> list[Table]:
+        """The files that changed."""
+        rows = [("uploaded", name) for name in self.uploaded]
+        rows += [("removed", name) for name in self.removed]
+        return [Table(("", "file"), rows, f"Commit {self.commit[:7]}, tag {self.tag}.")]
+
+    def __str__(self) -> str:
+        ways = ", ".join(
+            f"{way} {error:.1e}" for way, error in self.check.reloaded.items()
+        )
+        lines = [
+            f"Tokens: merged {self.check.merged:.1e} from the trained model; reloaded in "
+            f"a fresh process: {ways} (relative)."
+        ]
+        if self.uploaded or self.removed:
+            removed = f", removed {len(self.removed)}" if self.removed else ""
+            lines.append(f"Uploaded {len(self.uploaded)} files{removed} in one commit.")
+        else:
+            lines.append("Nothing to upload: the repository holds it all.")
+        if self.pull_request is not None:
+            return "\n".join([*lines, f"Pull request: {self.pull_request}"])
+        visibility = "private" if self.private else "public"
+        lines.append(
+            f"{self.url} ({visibility}), commit {self.commit[:7]}, tag {self.tag}"
+        )
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,7 +129,7 @@ class Plan:
         return not self.add and not self.remove
 
 
-def push_run(
+def push(
     run: str | Path,
     repo_id: str,
     *,
@@ -92,14 +138,16 @@ def push_run(
     create_pr: bool = False,
     force: bool = False,
     tag: str | None = None,
-    model: str | None = None,
+    model: Model | None = None,
+    processing_class: BaseImageProcessor | None = None,
     model_license: str | None = None,
     register_width: int | None = None,
     keep_text: bool | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     native: bool = False,
     max_shard_size: str = SHARD_SIZE,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Pushed:
     """Publish a run; a push that was cut short is finished by doing it again.
 
@@ -115,9 +163,11 @@ def push_run(
         create_pr: propose the commit as a pull request.
         force: replace the model of a repository that is not ours.
         tag: None: ``v`` and the version of the recipe's package.
-        model, model_license, register_width, keep_text, dtype, native, max_shard_size:
-            see `merge_run`.
+        model, processing_class, model_license, register_width, keep_text, dtype, native,
+            max_shard_size:
+            see `merge`.
         token: None: the one of the environment or of ``hf auth login``.
+        trust_remote_code: run the base repository's own code.
 
     Raises:
         HubError: not logged in, not allowed, not our repository, public where
@@ -126,6 +176,7 @@ def push_run(
         RunFolderError, ExportError, ReloadError: see there; nothing was uploaded.
     """
     _check_repo_id(repo_id)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     found = read_run(run)
     api = HfApi(token=token, library_name="unirefiner_hf")
     _log_in(api, repo_id)
@@ -141,7 +192,15 @@ def push_run(
         )
 
     kept = False if native else keep_text
-    base = load_refined(found, model, model_license, register_width, kept)
+    base = load_refined(
+        found,
+        model,
+        model_license,
+        register_width,
+        kept,
+        processing_class,
+        trust_remote_code,
+    )
     if base.license is None:
         raise HubError(
             f"The licence of {base.name} is unknown, and a published model needs one: "
@@ -149,7 +208,7 @@ def push_run(
         )
     pixels = example_pixels(base)
     trained = encode(base.model, pixels, native=native)
-    folder = Path(output) if output is not None else Path(run) / "published"
+    folder = Path(output) if output is not None else Path(run) / PUBLISHED
     folder = export_run(
         found,
         base,
@@ -333,7 +392,7 @@ def _validate_card(folder: Path) -> None:
         raise HubError(f"The Hub refuses the card's metadata: {problem}") from problem
 
 
-def _refusals(call: Callable[[], Result], repo_id: str) -> Result:
+def _refusals(call: Callable[[], Answer], repo_id: str) -> Answer:
     """Run `call`; say what a refusal of the Hub means."""
     try:
         return call()

@@ -27,18 +27,19 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..export.card import render_unfinished_card
-from ..training.trainer import OWN_PARAMETERS
+from ..export.run_folder import (
+    ADAPTER,
+    LAST,
+    RECORD,
+    TRAINER_STATE,
+    checkpoint_name,
+    checkpoint_step,
+)
+from ..loading import adapter as adapter_files
 from .client import check_ours, remote_state, with_retries
 
 logger = logging.get_logger(__name__)
 
-LAST = "last-checkpoint"
-ADAPTER = "adapter"
-ADAPTER_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    *(f"{name}.safetensors" for name in OWN_PARAMETERS),
-)
 STAGING = ".pushing"
 
 
@@ -93,7 +94,7 @@ class HubSync(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             step = state.global_step
-            self.push(self.run / f"checkpoint-{step}", step)
+            self.push(self.run / checkpoint_name(step), step)
 
     def on_train_end(
         self,
@@ -151,10 +152,10 @@ class HubSync(TrainerCallback):
 
     def _stage(self, checkpoint: Path, staging: Path, step: int) -> str | None:
         """Lay out the commit's files; returns the checkpoint's folder among them."""
-        for name in ADAPTER_FILES:
+        for name in adapter_files.FILES:
             if (checkpoint / name).is_file():
                 _link(checkpoint / name, staging / ADAPTER / name)
-        shutil.copyfile(self.run / "run.json", staging / "run.json")
+        shutil.copyfile(self.run / RECORD, staging / RECORD)
         card = render_unfinished_card(self.base, step)
         (staging / "README.md").write_text(card, encoding="utf-8")
         if self.strategy == HubStrategy.EVERY_SAVE:
@@ -199,8 +200,8 @@ def fetch_last_checkpoint(
     folders = (
         {name.split("/")[0] for name in state.files if "/" in name} if state else ()
     )
-    numbered = [name for name in folders if name.startswith("checkpoint-")]
-    chosen = max(numbered, key=lambda name: int(name.split("-")[1]), default=None)
+    steps = [step for step in map(checkpoint_step, folders) if step is not None]
+    chosen = checkpoint_name(max(steps)) if steps else None
     chosen = LAST if LAST in folders else chosen
     if chosen is None or state is None:
         return None
@@ -216,7 +217,7 @@ def fetch_last_checkpoint(
         )
     )
     step = _step(staging / chosen)
-    target = run / f"checkpoint-{step}"
+    target = run / checkpoint_name(step)
     os.replace(staging / chosen, target)
     shutil.rmtree(staging, ignore_errors=True)
     logger.warning(f"Fetched checkpoint-{step} from {repo_id}.")
@@ -224,7 +225,7 @@ def fetch_last_checkpoint(
 
 
 def _step(checkpoint: Path) -> int:
-    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text())
+    state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE).read_text())
     return int(state["global_step"])
 
 

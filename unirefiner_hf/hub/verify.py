@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 from ..export.card import METADATA
 from ..export.digests import is_of_training, sha256
+from ..results import Result, Table
 from .client import HubError, with_retries
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -16,7 +18,7 @@ UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verified(Result):
     """What a verification found.
 
     Attributes:
@@ -36,6 +38,55 @@ class Verified:
     def passed(self) -> bool:
         """Whether every weight file is the one that was published."""
         return not (self.wrong or self.missing or self.unlisted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "passed": self.passed,
+            "folder": str(self.folder),
+            "right": list(self.right),
+            "wrong": {n: {"card": c, "file": f} for n, (c, f) in self.wrong.items()},
+            "missing": list(self.missing),
+            "unlisted": list(self.unlisted),
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Verdict, file and what is the matter, file by file."""
+        return [
+            *(("right", name, "") for name in self.right),
+            *(
+                ("WRONG", name, f"the card says {card}, the file is {file}")
+                for name, (card, file) in self.wrong.items()
+            ),
+            *(("MISSING", name, "") for name in self.missing),
+            *(
+                ("UNLISTED", name, "the card does not name it")
+                for name in self.unlisted
+            ),
+        ]
+
+    @property
+    def title(self) -> str:
+        """The verdict."""
+        return "As published" if self.passed else "Not as published"
+
+    def tables(self) -> list[Table]:
+        """The files."""
+        return [Table(("", "file", ""), self.rows())]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{verdict:9} {name}{': ' if why else ''}{why}"
+            for verdict, name, why in self.rows()
+        ]
+        if self.passed:
+            lines.append(f"{len(self.right)} weight files are as published.")
+        else:
+            lines.append(
+                "Do not use this checkpoint. If a download went wrong, --force-download "
+                "mends it; otherwise tell its owner."
+            )
+        return "\n".join(lines)
 
 
 def verify(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.towers import family_of
+from ..errors import UniRefinerError
+from ..modeling.families import family_of
 from .quantized import layer_linears
 
 logger = logging.get_logger(__name__)
@@ -25,7 +26,7 @@ MULTIPLE = 16
 """Both sides of a weight have to be multiples of this for the GPU's product."""
 
 
-class Float8Error(ValueError):
+class Float8Error(UniRefinerError):
     """Float8 products are not to be had here."""
 
 

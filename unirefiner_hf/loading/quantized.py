@@ -7,13 +7,14 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from ..modeling.towers import family_of, layers_of
+from ..errors import UniRefinerError
+from ..modeling.families import family_of, layers_of
 
 BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """Bytes of a quantised weight with its scales (nf4: double quantisation)."""
 
 
-class QuantizationError(ValueError):
+class QuantizationError(UniRefinerError):
     """The base cannot be quantised here."""
 
 

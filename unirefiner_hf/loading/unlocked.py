@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..modeling.towers import family_of
+from ..errors import UniRefinerError
+from ..modeling.families import family_of
 
 
 def unlocked_names(tower: PreTrainedModel) -> list[str]:
@@ -26,7 +27,7 @@ def unlocked_names(tower: PreTrainedModel) -> list[str]:
     family.check_register_tokens(config)
     parameters = dict(tower.named_parameters())
     if family.positions not in parameters:
-        raise ValueError(
+        raise UniRefinerError(
             f"This {config.model_type} tower was built without {family.positions}, the "
             "position embedding that PH-Reg trains."
         )

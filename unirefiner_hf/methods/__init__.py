@@ -1,1 +1,5 @@
-"""The refinement methods: each a module whose forward gives a loss and its parts."""
+"""The refinement methods, a room each: settings (no torch) and the training objective.
+
+A method is a subclass of `MethodSettings` that names its `Objective`, and a line in
+`registry.METHODS`.
+"""

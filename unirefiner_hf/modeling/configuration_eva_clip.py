@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .errors import UniRefinerError
+
 # Parts of other EVA-CLIP towers that EVA-CLIP-8B and EVA-CLIP-18B do not have.
 _ABSENT = ("use_rope", "use_sub_ln", "use_swiglu_mlp")
 
@@ -51,14 +53,14 @@ class EvaClipVisionConfig(PreTrainedConfig):
         """The vision half of a published ``config.json``.
 
         Raises:
-            ValueError: a field this tower needs is missing, or the checkpoint has a
+            UniRefinerError: a field this tower needs is missing, or the checkpoint has a
                 part that EVA-CLIP-8B and 18B do not have (rotary positions, SwiGLU,
                 norms inside attention and MLP).
         """
         vision = published.get("vision_config") or published
         for field in _ABSENT:
             if vision.get(field):
-                raise ValueError(
+                raise UniRefinerError(
                     f"this EVA-CLIP has {field}=true, which is not supported: EVA-CLIP-8B "
                     "and EVA-CLIP-18B are."
                 )
@@ -70,7 +72,7 @@ class EvaClipVisionConfig(PreTrainedConfig):
         needed += ("num_attention_heads", "image_size", "patch_size")
         missing = [field for field in needed if field not in vision]
         if missing:
-            raise ValueError(
+            raise UniRefinerError(
                 f"the vision config of EVA-CLIP lacks {', '.join(missing)}."
             )
         kept = {

@@ -10,11 +10,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_unirefiner import UniRefinerConfig, nearest_field
+from .configuration_unirefiner import UniRefinerConfig, nearest_field, refusing
+from .errors import UniRefinerError
 
 LEVELS = ("level1", "level2", "level3", "level4")
 
 
+@refusing
 @strict
 class UniRefinerPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of `UniRefinerPyramid`.
@@ -30,7 +32,7 @@ class UniRefinerPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
     unless said otherwise: ``level1`` to ``level4``, 4, 2, 1 and 1/2 cells a patch.
 
     Raises:
-        ValueError: an unknown argument, another kind of `refined_config`, or a size
+        UniRefinerError: an unknown argument, another kind of `refined_config`, or a size
             that is not positive.
     """
 
@@ -57,13 +59,13 @@ class UniRefinerPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
             self.refined_config = copy.deepcopy(self.refined_config)
         super().__post_init__(**kwargs)
         if self.refined_config.model_type != UniRefinerConfig.model_type:
-            raise ValueError(
+            raise UniRefinerError(
                 f"refined_config is of a {self.refined_config.model_type!r}, expected "
                 f"{UniRefinerConfig.model_type!r}: put a frame round a bare tower "
                 "first, UniRefinerBackbone.from_tower(tower, register_width=0)."
             )
         if self.pyramid_size < 1:
-            raise ValueError(
+            raise UniRefinerError(
                 f"pyramid_size is {self.pyramid_size}; it must be positive."
             )
         self.refined_config.reshape_hidden_states = True
@@ -93,7 +95,7 @@ class UniRefinerPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in kwargs:
             nearest = nearest_field(UniRefinerPyramidConfig, name)
             if nearest is not None and not hasattr(PreTrainedConfig, name):
-                raise ValueError(
+                raise UniRefinerError(
                     f"UniRefinerPyramidConfig has no field {name!r}; "
                     f"did you mean {nearest!r}?"
                 )

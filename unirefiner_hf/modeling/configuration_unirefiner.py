@@ -3,29 +3,32 @@
 import copy
 import dataclasses
 import difflib
+import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from transformers.utils import logging
 
+from .errors import MissingLibraryError, UniRefinerError
+
 try:
     from huggingface_hub.dataclasses import strict
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.backbone_utils import BackboneConfigMixin
     from transformers.configuration_utils import SubConfigSpec
 except ImportError as error:
-    raise ImportError(
+    raise MissingLibraryError(
         f"This model needs transformers 5.20 or newer, here is {transformers.__version__}: "
         "pip install -U transformers"
     ) from error
 
 from .configuration_eva_clip import EvaClipVisionConfig
-from .configuration_intern_vit import InternViTConfig
+from .families import DUAL_ENCODERS, family_of
 from .registers import FILLS
 
-for _config in (EvaClipVisionConfig, InternViTConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+AutoConfig.register(EvaClipVisionConfig.model_type, EvaClipVisionConfig, exist_ok=True)
 
 FORMAT_VERSION = 2
 """Version 2 has register tokens; without them files stay version 1."""
@@ -44,7 +47,12 @@ _STANDARD_KEYS = {
     "torchscript",
 }
 
+# InternViT in refined checkpoints of earlier versions; its weights are named as published.
+_EARLIER_INTERN_VIT = "unirefiner_intern_vit"
+
 logger = logging.get_logger(__name__)
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -62,6 +70,27 @@ def nearest_field(config_class: type[PreTrainedConfig], name: str) -> str | None
     return nearest[0] if nearest else None
 
 
+def refusing(config_class: type[Config]) -> type[Config]:
+    """Have all that a config refuses be a `UniRefinerError`, whoever found it.
+
+    transformers checks types, stages and the model type of a part with errors of its own.
+    """
+    build = config_class.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            build(self, *args, **kwargs)
+        except UniRefinerError:
+            raise
+        except (ValueError, StrictDataclassError) as problem:
+            raise UniRefinerError(f"{config_class.__name__}: {problem}") from problem
+
+    config_class.__init__ = checked  # type: ignore[method-assign]
+    return config_class
+
+
+@refusing
 @strict
 class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of `UniRefinerModel` and `UniRefinerBackbone`.
@@ -86,14 +115,18 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             DPT heads want.
         num_register_tokens: learned tokens that join the sequence inside the tower and
             are thrown away with the frame (PH-Reg, arXiv 2505.21501).
+        method: name of the refinement method that made the weights (``unirefiner``,
+            ``ph_reg``, ``distillation``, ...); None: a bare backbone, or a file of a
+            version that did not say.
         format_version: version of this file format; 2 at least with register tokens.
 
     ``out_features`` (or ``out_indices``) names the stages a backbone returns: ``stem``,
     ``stage1``, ... one per layer; the last one if none is named.
 
     Raises:
-        ValueError: an unknown argument (names the nearest valid one), a register
-            setting out of range, or a file written by a later format.
+        UniRefinerError: an unknown argument (names the nearest valid one), a register
+            setting out of range, an unsupported tower, or a file written by a later
+            format.
     """
 
     model_type = "unirefiner"
@@ -109,6 +142,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     num_register_tokens: int = 0
+    method: str | None = None
     format_version: int = 1
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -121,11 +155,22 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         self._refuse_unknown(kwargs)
         if isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)
+        elif not isinstance(self.vision_config or {}, dict):
+            raise UniRefinerError(
+                f"vision_config is a {type(self.vision_config).__name__}; give the config "
+                "of a vision tower, or its dict."
+            )
+        elif (self.vision_config or {}).get("model_type") == _EARLIER_INTERN_VIT:
+            from .published_intern_vit import PublishedInternViTConfig
+
+            published: Any = self.vision_config
+            self.vision_config = PublishedInternViTConfig.from_published(published)
         super().__post_init__(**kwargs)
+        self._check_tower()
         self._check_settings()
         if self.num_register_tokens:
             self.format_version = max(self.format_version, 2)
-        layers = self.vision_config.num_hidden_layers
+        layers = self.num_hidden_layers
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, layers + 1))]
         self.set_output_features_output_indices(
             out_features=out_features, out_indices=out_indices
@@ -166,22 +211,31 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         output["vision_config"].pop("_name_or_path", None)
         return output
 
+    def _check_tower(self) -> None:
+        family_of(self.vision_config)
+        model_type = self.vision_config.model_type
+        if model_type in DUAL_ENCODERS:
+            raise UniRefinerError(
+                f"vision_config is that of a whole {model_type}; give the vision_config "
+                "in it."
+            )
+
     def _check_settings(self) -> None:
         if self.register_width < 0:
-            raise ValueError(
+            raise UniRefinerError(
                 f"register_width is {self.register_width}; it must be 0 or more patches."
             )
         if self.num_register_tokens < 0:
-            raise ValueError(
+            raise UniRefinerError(
                 f"num_register_tokens is {self.num_register_tokens}; it must be 0 or more."
             )
         if self.register_fill not in FILLS:
-            raise ValueError(
+            raise UniRefinerError(
                 f"register_fill is {self.register_fill!r}; "
                 f"choose one of {', '.join(FILLS)}."
             )
         if self.format_version > FORMAT_VERSION:
-            raise ValueError(
+            raise UniRefinerError(
                 f"format_version is {self.format_version}, this version of the code "
                 f"reads up to {FORMAT_VERSION}: pip install -U unirefiner_hf."
             )
@@ -198,11 +252,11 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
                 continue
             nearest = nearest_field(UniRefinerConfig, name)
             if nearest is not None:
-                raise ValueError(
+                raise UniRefinerError(
                     f"UniRefinerConfig has no field {name!r}; did you mean {nearest!r}?"
                 )
             if self.transformers_version is None:
-                raise ValueError(
+                raise UniRefinerError(
                     f"UniRefinerConfig has no field {name!r}; "
                     f"its fields are {', '.join(sorted(own_fields(UniRefinerConfig)))}."
                 )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
+from .errors import UniRefinerError
+from .families import FAMILIES, family_of, layers_of, part_of
 from .modeling_unirefiner import UniRefinerModel
-from .towers import FAMILIES, _part, family_of, layers_of
 
 BLOCK, HEAD = "block", "head"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -36,12 +37,12 @@ def variants_of(config: PreTrainedConfig) -> tuple[str, ...]:
     """The variants a tower with this vision config has.
 
     Raises:
-        ValueError: a tower that was not trained with text, or has no published reading.
+        UniRefinerError: a tower that was not trained with text, or has no published reading.
     """
     reading = family_of(config).text_reading
     if reading is None:
         known = ", ".join(name for name, f in FAMILIES.items() if f.text_reading)
-        raise ValueError(
+        raise UniRefinerError(
             f"A {config.model_type} tower has no text side that its patch tokens can be "
             f"compared with. Towers that have: {known}."
         )
@@ -58,11 +59,11 @@ def check_variant(config: PreTrainedConfig, variant: str) -> None:
     """Refuse a variant the tower does not have.
 
     Raises:
-        ValueError: names the variant and those there are; or as `variants_of`.
+        UniRefinerError: names the variant and those there are; or as `variants_of`.
     """
     known = variants_of(config)
     if variant not in known:
-        raise ValueError(
+        raise UniRefinerError(
             f"variant is {variant!r}; a {config.model_type} tower has {', '.join(known)}."
         )
 
@@ -105,7 +106,7 @@ def dense_text_features(
         ``(batch, patches, projection)`` in raster order, not normalised.
 
     Raises:
-        ValueError: a variant the family does not have, a CLIP tower without a fitting
+        UniRefinerError: a variant the family does not have, a CLIP tower without a fitting
             `projection`, a SigLIP tower without pooling head, a sigma that is not
             positive, or as in `UniRefinerModel.forward`.
     """
@@ -113,25 +114,25 @@ def dense_text_features(
     variant = default_variant(config) if variant is None else variant
     check_variant(config, variant)
     if sigma <= 0:
-        raise ValueError(f"sigma is {sigma}; it must be positive.")
+        raise UniRefinerError(f"sigma is {sigma}; it must be positive.")
     family = model.family
     if family.text_reading == HEAD:
         if not family.pools_over_patches(config):
-            raise ValueError(
+            raise UniRefinerError(
                 "This SigLIP tower has no pooling head (vision_use_head is false), and "
                 "only that head reaches the space of the text."
             )
         passed = model._run(pixel_values, register_width)
-        head = _part(model.tower, str(family.pooling_head))
+        head = part_of(model.tower, str(family.pooling_head))
         return _value_path(head, passed.image(passed.output.last_hidden_state))
     if projection is None:
-        raise ValueError(
+        raise UniRefinerError(
             f"A {config.model_type} tower needs projection, the visual_projection of its "
             "dual encoder: load_text_side(...).projection."
         )
     width = getattr(projection, "in_features", config.hidden_size)
     if width != config.hidden_size:
-        raise ValueError(
+        raise UniRefinerError(
             f"projection takes {width} channels, the tower's tokens have "
             f"{config.hidden_size}: it is that of another dual encoder."
         )
@@ -144,14 +145,14 @@ def dense_text_features(
         keep = variant in KEEPS_REST if residual is None else residual
         block = layers_of(model.tower, family)[-1]
         layout = _Layout(
-            attention=_part(block, family.query.rpartition(".")[0]),
+            attention=part_of(block, family.query.rpartition(".")[0]),
             heads=config.num_attention_heads,
             norm_after=bool(getattr(config, "post_layernorm", False)),
         )
         tokens = _block_again(
             block, layout, states[-2], variant, grid, passed.prefix, sigma, keep
         )
-    norm = _part(model.tower, str(family.norm_path(config)))
+    norm = part_of(model.tower, str(family.norm_path(config)))
     return projection(norm(passed.image(tokens)))
 
 
@@ -170,12 +171,12 @@ class _Layout:
 
 def _value_path(head: nn.Module, tokens: Tensor) -> Tensor:
     """SigLIP's pooling head where every token attends to itself alone."""
-    attention: nn.MultiheadAttention = _part(head, "attention")  # type: ignore
+    attention: nn.MultiheadAttention = part_of(head, "attention")  # type: ignore
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     hidden = tokens.shape[-1]
     value = functional.linear(tokens, weight[2 * hidden :], bias[2 * hidden :])
     value = attention.out_proj(value)
-    return value + _part(head, "mlp")(_part(head, "layernorm")(value))
+    return value + part_of(head, "mlp")(part_of(head, "layernorm")(value))
 
 
 def _block_again(
@@ -189,11 +190,11 @@ def _block_again(
     keep: bool,
 ) -> Tensor:
     """The last block with another attention: ``(batch, tokens, hidden)`` to the same."""
-    norms = [_part(block, f"layer_norm{number}") for number in (1, 2)]
+    norms = [part_of(block, f"layer_norm{number}") for number in (1, 2)]
     inputs = tokens if layout.norm_after else norms[0](tokens)
 
     def projected(name: str) -> Tensor:
-        full = _part(layout.attention, name)(inputs)
+        full = part_of(layout.attention, name)(inputs)
         return full.unflatten(-1, (layout.heads, -1)).transpose(1, 2)
 
     value = projected("v_proj")
@@ -216,15 +217,15 @@ def _block_again(
     else:
         weights = None
     mixed = value if weights is None else weights @ value
-    out = _part(layout.attention, "out_proj")(mixed.transpose(1, 2).flatten(2))
+    out = part_of(layout.attention, "out_proj")(mixed.transpose(1, 2).flatten(2))
     if layout.norm_after:
         out = norms[0](out)
     if not keep:
         return out
     out = tokens + out
     if layout.norm_after:
-        return out + norms[1](_part(block, "mlp")(out))
-    return out + _part(block, "mlp")(norms[1](out))
+        return out + norms[1](part_of(block, "mlp")(out))
+    return out + part_of(block, "mlp")(norms[1](out))
 
 
 def neighbourhood(grid: tuple[int, int], sigma: float) -> Tensor:

@@ -9,4 +9,12 @@ class UniRefinerError(ValueError):
     """
 
 
-__all__ = ["UniRefinerError"]
+class WrongKindError(UniRefinerError, TypeError):
+    """An object of another kind than those that are taken."""
+
+
+class MissingLibraryError(UniRefinerError, ImportError):
+    """A library, or a version of one, that has to be installed first."""
+
+
+__all__ = ["MissingLibraryError", "UniRefinerError", "WrongKindError"]

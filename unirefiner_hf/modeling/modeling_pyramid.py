@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pyramid import LEVELS, UniRefinerPyramidConfig
+from .errors import WrongKindError
 from .modeling_unirefiner import UniRefinerBackbone
 
 
@@ -119,17 +120,17 @@ class UniRefinerPyramid(BackboneMixin, PreTrainedModel):
                 `revision`, `attn_implementation`, `register_width` and so on.
 
         Raises:
-            TypeError: `refined` is neither, or options for a backbone in memory.
+            WrongKindError: `refined` is neither, or options for a backbone in memory.
         """
         if isinstance(refined, (str, Path)):
             refined = UniRefinerBackbone.from_pretrained(refined, **options)
         elif not isinstance(refined, UniRefinerBackbone):
-            raise TypeError(
+            raise WrongKindError(
                 f"refined is a {type(refined).__name__}, not a UniRefinerBackbone or a "
                 "name. Of a bare tower make UniRefinerBackbone.from_tower(tower)."
             )
         elif options:
-            raise TypeError(
+            raise WrongKindError(
                 f"{', '.join(options)} can be given with a name only; here the backbone "
                 "is in memory: set them there."
             )
@@ -175,7 +176,7 @@ class UniRefinerPyramid(BackboneMixin, PreTrainedModel):
             4h, 4w)``, ``2h, 2w``, ``h, w`` and ``ceil(h / 2), ceil(w / 2)``.
 
         Raises:
-            ValueError: as in `UniRefinerModel.forward`.
+            UniRefinerError: as in `UniRefinerModel.forward`.
         """
         output = self.refined(
             pixel_values,

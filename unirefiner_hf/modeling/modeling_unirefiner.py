@@ -23,20 +23,23 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unirefiner import UniRefinerConfig
-from .registers import appended_tokens, frame_pixels, split_frame
-from .towers import (
+from .errors import UniRefinerError, WrongKindError
+from .families import (
     DUAL_ENCODERS,
     EMBEDDINGS,
-    QueriesKeys,
     TowerFamily,
+    family_of,
+    patch_size_of,
+)
+from .recording import QueriesKeys, record_queries_keys
+from .registers import appended_tokens, frame_pixels, split_frame
+from .towers import (
     build_tower,
     check_tower,
-    family_of,
     load_tower,
-    patch_size_of,
-    record_queries_keys,
     settle_tower,
     tower_inputs,
+    translated,
 )
 
 Model = TypeVar("Model", bound="UniRefinerPreTrainedModel")
@@ -140,7 +143,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             the tower, N(0, 1) / sqrt(hidden) at first; None without.
 
     Raises:
-        ValueError: an unsupported tower, one that takes no register tokens, or `final_norm`
+        UniRefinerError: an unsupported tower, one that takes no register tokens, or `final_norm`
             where there is none to apply.
     """
 
@@ -182,13 +185,13 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
     def _check_final_norm(self, config: UniRefinerConfig) -> None:
         vision = config.vision_config
         if self.family.norms_output(vision):
-            raise ValueError(
+            raise UniRefinerError(
                 f"final_norm=True, but last_hidden_state of a {vision.model_type} tower "
                 f"already went through its last layer norm ({self.family.final_norm}). "
                 "Leave final_norm=False."
             )
         if self.family.norm_path(vision) is None:
-            raise ValueError(
+            raise UniRefinerError(
                 f"final_norm=True, but a {vision.model_type} tower with this config has "
                 "no last layer norm. Leave final_norm=False."
             )
@@ -232,8 +235,8 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             trust_remote_code: run code that the checkpoint brings along.
 
         Raises:
-            TypeError: `tower` is neither a model of transformers nor a name.
-            ValueError: an unsupported tower.
+            WrongKindError: `tower` is neither a model of transformers nor a name.
+            UniRefinerError: an unsupported tower.
         """
         inner: Any
         if isinstance(tower, (str, Path)):
@@ -252,9 +255,10 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             if dtype is not None:
                 inner.to(dtype=dtype)
             if attn_implementation is not None:
-                inner.set_attn_implementation(attn_implementation)
+                with translated(f"{type(inner).__name__} cannot be set to it"):
+                    inner.set_attn_implementation(attn_implementation)
         else:
-            raise TypeError(
+            raise WrongKindError(
                 f"tower is a {type(tower).__name__}, not a transformers model or a "
                 "name. An adapter goes on afterwards: model.tower = "
                 "get_peft_model(model.tower, ...)."
@@ -318,24 +322,24 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         """The image in patches; refuses what the tower cannot take."""
         shape = tuple(pixel_values.shape)
         if self.family.takes_patches and len(shape) == 3:
-            raise ValueError(
+            raise UniRefinerError(
                 f"pixel_values has shape {shape}: patches without their grid, as a "
                 "NaFlex image processor gives them. Give images (batch, 3, height, "
                 "width) of one size; the model cuts them into patches itself."
             )
         if len(shape) != 4 or shape[1] != 3:
-            raise ValueError(
+            raise UniRefinerError(
                 f"pixel_values has shape {shape}; expected (batch, 3, height, width)."
             )
         if not pixel_values.is_floating_point():
-            raise ValueError(
+            raise UniRefinerError(
                 f"pixel_values is {pixel_values.dtype}; expected normalised floating "
                 "point images, as the image processor of the tower gives them."
             )
         height, width = shape[2:]
         patch = self.patch_size
         if height % patch or width % patch or not height or not width:
-            raise ValueError(
+            raise UniRefinerError(
                 f"image size {height} x {width} is not a multiple of the patch size "
                 f"{patch}: resize or crop it to one, for instance "
                 f"{max(1, height // patch) * patch} x {max(1, width // patch) * patch}."
@@ -373,7 +377,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
             output_attentions = self.config.output_attentions
         attention = self.config.vision_config._attn_implementation
         if output_attentions and attention != "eager":
-            raise ValueError(
+            raise UniRefinerError(
                 f"output_attentions=True, but attn_implementation={attention!r} never "
                 "forms the attention maps. Load the model with "
                 "attn_implementation='eager' or call "
@@ -420,7 +424,7 @@ class UniRefinerPreTrainedModel(PreTrainedModel):
         count = self.config.num_hidden_layers + 1
         wrong = [index for index in wanted if not -count <= index < count]
         if wrong:
-            raise ValueError(
+            raise UniRefinerError(
                 f"output_hidden_states asks for {wrong[0]}, but there are {count}: the "
                 f"embeddings and {count - 1} layers, 0 to {count - 1} or from -1 down."
             )
@@ -473,7 +477,7 @@ class UniRefinerModel(UniRefinerPreTrainedModel):
             output_attentions: needs ``attn_implementation="eager"``.
 
         Raises:
-            ValueError: a size off the patch grid, another shape or dtype than above, a
+            UniRefinerError: a size off the patch grid, another shape or dtype than above, a
                 negative register width, or attentions without eager attention.
             RuntimeError: the tower returned another number of tokens than its family
                 should.
@@ -507,7 +511,7 @@ class UniRefinerModel(UniRefinerPreTrainedModel):
             query_key_layers: layers whose queries and keys are wanted, from 0.
 
         Raises:
-            ValueError: as in `forward`, or a layer the tower does not have.
+            UniRefinerError: as in `forward`, or a layer the tower does not have.
         """
         with record_queries_keys(self.tower, query_key_layers) as recorded:
             passed = self._run(pixel_values, register_width)
@@ -551,7 +555,7 @@ class UniRefinerBackbone(BackboneMixin, UniRefinerPreTrainedModel):
             pixel_values: as in `UniRefinerModel.forward`, as are the others.
 
         Raises:
-            ValueError: as in `UniRefinerModel.forward`.
+            UniRefinerError: as in `UniRefinerModel.forward`.
         """
         passed = self._run(
             pixel_values, register_width, output_hidden_states, output_attentions

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .errors import UniRefinerError
+
 FILLS = ("zero", "randn", "rand", "learnable")
 
 
@@ -48,12 +50,14 @@ def frame_pixels(
         in the dtype and on the device of `pixel_values`.
 
     Raises:
-        ValueError: a negative width, an unknown fill, or ``learnable`` without patch.
+        UniRefinerError: a negative width, an unknown fill, or ``learnable`` without patch.
     """
     if width < 0:
-        raise ValueError(f"register_width is {width}; it must be 0 or more patches.")
+        raise UniRefinerError(
+            f"register_width is {width}; it must be 0 or more patches."
+        )
     if fill not in FILLS:
-        raise ValueError(
+        raise UniRefinerError(
             f"register_fill is {fill!r}; choose one of {', '.join(FILLS)}."
         )
     if width == 0:
@@ -65,7 +69,7 @@ def frame_pixels(
     batch, channels, rows, columns = framed.shape
     if fill == "learnable":
         if patch is None:
-            raise ValueError("register_fill 'learnable' needs a patch to tile.")
+            raise UniRefinerError("register_fill 'learnable' needs a patch to tile.")
         filling = patch.repeat(1, rows // patch_size, columns // patch_size)
     else:
         draw = torch.randn if fill == "randn" else torch.rand
@@ -91,10 +95,12 @@ def register_mask(grid: tuple[int, int], width: int) -> Tensor:
         ``((h + 2 * width) * (w + 2 * width),)`` bool in raster order, True = register.
 
     Raises:
-        ValueError: a negative width.
+        UniRefinerError: a negative width.
     """
     if width < 0:
-        raise ValueError(f"register_width is {width}; it must be 0 or more patches.")
+        raise UniRefinerError(
+            f"register_width is {width}; it must be 0 or more patches."
+        )
     h, w = grid
     mask = torch.ones(h + 2 * width, w + 2 * width, dtype=torch.bool)
     bottom, right = width + h, width + w

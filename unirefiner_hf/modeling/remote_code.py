@@ -8,16 +8,19 @@ from pathlib import Path
 
 from . import (
     configuration_eva_clip,
-    configuration_intern_vit,
     configuration_unirefiner,
+    errors,
+    families,
     modeling_eva_clip,
-    modeling_intern_vit,
     modeling_unirefiner,
+    published_intern_vit,
+    recording,
     registers,
     towers,
     vit_parts,
 )
 from .configuration_unirefiner import UniRefinerConfig
+from .errors import UniRefinerError
 
 AUTO_MAP = {
     "AutoConfig": "configuration_unirefiner.UniRefinerConfig",
@@ -28,10 +31,12 @@ AUTO_MAP = {
 FLAT_MODULES = (
     configuration_unirefiner,
     configuration_eva_clip,
-    configuration_intern_vit,
+    errors,
+    families,
     modeling_unirefiner,
     modeling_eva_clip,
-    modeling_intern_vit,
+    published_intern_vit,
+    recording,
     registers,
     towers,
     vit_parts,
@@ -53,7 +58,7 @@ def save_remote_code(folder: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: the folder has no ``config.json``.
-        ValueError: the config is not that of a register model.
+        UniRefinerError: the config is not that of a register model.
     """
     folder = Path(folder)
     config_file = folder / "config.json"
@@ -63,7 +68,7 @@ def save_remote_code(folder: str | Path) -> list[Path]:
         )
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("model_type") != UniRefinerConfig.model_type:
-        raise ValueError(
+        raise UniRefinerError(
             f"{config_file} has model_type {config.get('model_type')!r}, "
             f"expected {UniRefinerConfig.model_type!r}."
         )

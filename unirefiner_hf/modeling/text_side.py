@@ -30,7 +30,9 @@ from transformers.utils import cached_file, logging
 from .configuration_eva_clip import EvaClipVisionConfig
 from .configuration_unirefiner import UniRefinerConfig
 from .dense_text import BLOCK
-from .towers import DUAL_ENCODERS, FAMILIES
+from .errors import UniRefinerError
+from .families import DUAL_ENCODERS, FAMILIES
+from .towers import translated
 
 TEXT = "text"
 """Folder of a refined checkpoint that keeps the text side."""
@@ -55,7 +57,7 @@ _EVA_TEXT = {
 """What the text tower of a published EVA-CLIP has in common with CLIP's."""
 
 
-class TextSideError(ValueError):
+class TextSideError(UniRefinerError):
     """There is no text side, or it cannot be read; the message says what to do."""
 
 
@@ -133,9 +135,12 @@ def find_text_side(
 
     Raises:
         NoTextSideError: a vision tower alone.
+        UniRefinerError: no such checkpoint, or a config that cannot be read.
         TextSideError: as `load_text_side`.
     """
-    _tokenizer(_source(str(name_or_path), revision, trust_remote_code))
+    with translated(f"{name_or_path} cannot be loaded"):
+        source = _source(str(name_or_path), revision, trust_remote_code)
+    _tokenizer(source)
 
 
 def load_text_side(
@@ -158,7 +163,8 @@ def load_text_side(
             words, a refined checkpoint without ``text/``, no tokenizer, or weights that
             are missing.
     """
-    source = _source(str(name_or_path), revision, trust_remote_code)
+    with translated(f"{name_or_path} cannot be loaded"):
+        source = _source(str(name_or_path), revision, trust_remote_code)
     tokenizer = _tokenizer(source)
     parent: Any = MODEL_MAPPING[type(source.config)]
     verbosity = logging.get_verbosity()
@@ -170,6 +176,7 @@ def load_text_side(
             config=source.config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
             **source.place,
         )
@@ -184,7 +191,7 @@ def load_text_side(
     if f"{VISUAL}.bias" in missing:
         missing.remove(f"{VISUAL}.bias")
         model.visual_projection.bias = None
-    wrong = sorted(missing) + sorted(str(key) for key in report["mismatched_keys"])
+    wrong = sorted(missing) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if wrong:
         raise TextSideError(
             f"The text side of {source.name} lacks {len(wrong)} weights, or they have "

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-def require(settings: Any, name: str, ok: bool, rule: str) -> None:
-    """Raise a ValueError that names the field, its value and the rule it breaks."""
-    if not ok:
-        raise ValueError(f"{name} is {getattr(settings, name)!r}; it must be {rule}.")
+from ..errors import require
 
 
 @dataclass
@@ -17,7 +12,7 @@ class FilterSettings:
     """Settings of the filters that find spurious tokens (arXiv 2605.19622).
 
     Raises:
-        ValueError: a value is outside its range.
+        UniRefinerError: a value is outside its range.
     """
 
     strip_ratio: float = field(

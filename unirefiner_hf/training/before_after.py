@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from ..loading.unlocked import UnlockedTower
+from ..loading.adapter import disable_adapter
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.registers import register_mask
 from ..spurious.diagnose import Diagnosis, diagnose
@@ -82,7 +81,7 @@ def compare(
     with _evaluating(model):
         for image in images:
             batch = image.unsqueeze(0).to(reference)
-            with _adapter_off(model):
+            with disable_adapter(model):
                 base = diagnose(
                     model,
                     batch,
@@ -164,12 +163,3 @@ def _evaluating(model: UniRefinerModel) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _adapter_off(model: UniRefinerModel) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(model.without_register_tokens())
-        if isinstance(model.tower, (PeftModel, UnlockedTower)):
-            stack.enter_context(model.tower.disable_adapter())
-        yield

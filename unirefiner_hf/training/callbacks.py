@@ -22,27 +22,25 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
+from ..loading.adapter import disable_adapter
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..visualize import PcaBasis, fit_pca, pca_rgb
 from .distributed import is_distributed
 
 logger = logging.get_logger(__name__)
 
-SHOWN = {
-    "loss": "loss",
-    "loss_regu": "regu",
-    "loss_uni": "uni",
-    "loss_spu": "spu",
-    "loss_scd": "scd",
-    "loss_cosine": "cos",
-    "loss_mse": "mse",
-    "clean_ratio": "clean",
-    "rejected_fpgp_reference": "-ref",
-    "rejected_fpgp_strip": "-strip",
-    "rejected_detectors": "-detect",
-    "rejected_ah": "-ah",
-    "skipped_images": "skipped",
-}
+SHOWN = {"loss_": "", "rejected_fpgp_": "-", "rejected_": "-", "clean_ratio": "clean"}
+"""Starts of metrics' names -> how the progress bar writes them."""
+
+
+def shown_name(metric: str) -> str | None:
+    """What the progress bar calls a metric, None of one it leaves out."""
+    if metric in ("loss", "skipped_images"):
+        return metric.removesuffix("_images")
+    for start, short in SHOWN.items():
+        if metric.startswith(start):
+            return short + metric.removeprefix(start)
+    return None
 
 
 class RefinementProgress(ProgressCallback):
@@ -58,9 +56,9 @@ class RefinementProgress(ProgressCallback):
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs:
             shown = {
-                short: f"{logs[name]:.3g}"
-                for name, short in SHOWN.items()
-                if name in logs
+                short: f"{value:.3g}"
+                for name, value in logs.items()
+                if (short := shown_name(name)) is not None
             }
             self.training_bar.set_postfix(shown)
 
@@ -97,8 +95,7 @@ class Snapshots(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        tower = self.model.tower
-        with tower.disable_adapter(), self.model.without_register_tokens():
+        with disable_adapter(self.model):
             tokens, grid = self._tokens(0)
         self.basis = fit_pca(tokens)
         if state.is_world_process_zero:

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import UniRefinerError
 
-class LaunchError(ValueError):
+
+class LaunchError(UniRefinerError):
     """The launcher started another number of processes than take part."""
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(UniRefinerError, RuntimeError):
     """Another process of the run is gone; the message tells how to continue."""
 
 

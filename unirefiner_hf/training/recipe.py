@@ -13,6 +13,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -21,13 +22,21 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from ..errors import UniRefinerError
+from ..methods.registry import check_setting, method_named, methods_with, setting_names
+from ..methods.settings import MethodSettings
+from ..resources import find_recipe
+from ..results import Result, Table
+from .arguments import UniRefinerArguments
+from .keywords import ARGUMENTS
+
 Values = list[str] | None
 """What stands behind a key: words, or nothing (null)."""
 
 _NULLS = ("null", "none", "~")
 
 
-class RecipeError(ValueError):
+class RecipeError(UniRefinerError):
     """A recipe or an option is wrong; the message names key, value and remedy."""
 
 
@@ -95,29 +104,146 @@ def _words(node: yaml.Node) -> Values:
     return [json.dumps(yaml.load(yaml.serialize(node), Loader=_MappingLoader))]
 
 
-def load_recipe(
-    path: str | Path | None,
-    overrides: Mapping[str, Values],
-    dataclass_types: Sequence[type],
-) -> dict[str, Values]:
-    """A recipe with the command line's values over it, every key a known field.
+@dataclass(frozen=True)
+class Recipe(Result):
+    """What a run is made of: `refine(recipe=...)` takes it, and so do the four parts.
+
+    Attributes:
+        model: name or folder of the backbone; None where the recipe names none.
+        train_dataset: name or folder of the images; None where the recipe names none.
+        args: of the run.
+        method: settings of the method.
+        name: of the recipe, None of one made of keywords alone.
+        keys: fields of `args` and `method` that are set.
+        left_out: keys of the recipe that the method asked for in place of its own does not
+            read.
+    """
+
+    model: str | None
+    train_dataset: str | None
+    args: UniRefinerArguments
+    method: MethodSettings
+    name: str | None = None
+    keys: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Name and method."""
+        return f"{self.name or 'recipe'}: {self.method.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key that is set, as a recipe file has them."""
+        values: dict[str, Any] = {}
+        for key in self.keys:
+            holder = self.method if hasattr(self.method, key) else self.args
+            values[key] = getattr(holder, key)
+        named = {"model": self.model, "data": self.train_dataset}
+        named = {key: value for key, value in named.items() if value is not None}
+        return {**named, "method": self.method.name, **values}
+
+    def tables(self) -> list[Table]:
+        """Key and value of all that is set."""
+        rows = [(name, str(value)) for name, value in self.to_dict().items()]
+        return [Table(("key", "value"), rows)]
+
+
+def load_recipe(recipe: str | Path | None = None, /, **fields: Any) -> Recipe:
+    """A recipe with some of its keys set otherwise.
 
     Args:
-        path: the YAML file; None starts from nothing.
-        overrides: option -> words. No word (``--bf16``) means true.
-        dataclass_types: the dataclasses whose fields are the keys.
+        recipe: name of a shipped one, such as ``dinov2/small``, or a YAML file; None starts
+            from nothing.
+        fields: keys of a recipe: ``model``, ``data``, ``method``, fields of
+            `UniRefinerArguments` and of the method's settings. With another ``method`` than
+            the recipe's, settings of the recipe that it does not read are left out.
 
     Raises:
-        RecipeError: an unknown key (names the nearest valid one), or as `read_recipe`.
+        RecipeError: no such recipe or key (names the nearest valid one), a setting of
+            another method, a value of another type, or as `read_recipe`.
+        UniRefinerError: a value that is out of its range.
     """
-    recipe = {} if path is None else read_recipe(path)
-    types = field_types(dataclass_types)
-    for source, keys in ((path, recipe), (None, overrides)):
+    words = {name: to_words(value) for name, value in fields.items()}
+    return recipe_of_words(recipe, words)
+
+
+def recipe_of_words(
+    recipe: str | Path | None, overrides: Mapping[str, Values]
+) -> Recipe:
+    """`load_recipe` with the words of a command line."""
+    path = None if recipe is None else find_recipe(str(recipe))
+    told = {} if path is None else read_recipe(path)
+    before, after = _method_of(told), _method_of({**told, **overrides})
+    left_out = []
+    if after is not before:
+        left_out = [key for key in told if _unread(key, after)]
+        told = {key: words for key, words in told.items() if key not in left_out}
+    for source, keys in ((path, told), (None, overrides)):
+        where = "" if source is None else f"{source.name}: "
         for key in keys:
-            if key not in types:
-                where = "" if source is None else f"{Path(source).name}: "
-                raise RecipeError(f"{where}unknown key {key!r}{nearest(key, types)}")
-    return {**recipe, **overrides}
+            _check_key(key, after, where)
+    values = {**told, **overrides}
+    places = {key: values.pop(key, None) for key in ("model", "data", "method")}
+    args, settings = build_arguments(values, (UniRefinerArguments, after))
+    return Recipe(
+        model=_one_word("model", places["model"]),
+        train_dataset=_one_word("data", places["data"]),
+        args=args,
+        method=settings,
+        name=None if recipe is None else str(recipe),
+        keys=tuple(values),
+        left_out=tuple(left_out),
+    )
+
+
+def _method_of(values: Mapping[str, Values]) -> type[MethodSettings]:
+    name = _one_word("method", values.get("method"))
+    return method_named("unirefiner" if name is None else name)
+
+
+def _one_word(key: str, words: Values) -> str | None:
+    if words is None or _is_null(words):
+        return None
+    if len(words) != 1:
+        given = " ".join(words) or "without a value"
+        raise RecipeError(f"{key} is {given}; expected one word.")
+    return words[0]
+
+
+def _unread(key: str, method: type[MethodSettings]) -> bool:
+    """Whether a key belongs to methods, and not to this one."""
+    if key in method.unread:
+        return True
+    return bool(methods_with(key)) and key not in setting_names(method)
+
+
+def _check_key(key: str, method: type[MethodSettings], where: str) -> None:
+    known = ("model", "data", "method", *ARGUMENTS)
+    if key in known or key in setting_names(method):
+        return
+    if methods_with(key):
+        try:
+            check_setting(method, key)
+        except UniRefinerError as problem:
+            raise RecipeError(f"{where}{problem}") from None
+    raise RecipeError(
+        f"{where}unknown key {key!r}{nearest(key, (*known, *setting_names(method)))}"
+    )
+
+
+def to_words(value: Any) -> Values:
+    """A value of Python as a recipe writes it."""
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return [str(value).lower()]
+    if isinstance(value, Enum):
+        return [str(value.value)]
+    if isinstance(value, Mapping):
+        return [json.dumps(value)]
+    if isinstance(value, (list, tuple)):
+        return [word for item in value for word in to_words(item) or ["null"]]
+    return [str(value)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -132,12 +258,12 @@ def build_arguments(
     """Instances of the dataclasses, in order; types come from their fields.
 
     Args:
-        values: what `load_recipe` returns.
+        values: key -> words.
 
     Raises:
         RecipeError: a required key is missing, or a value is not of the field's type;
             names key, value and what was expected.
-        ValueError: a value its dataclass refuses.
+        UniRefinerError: a value its dataclass refuses.
     """
     expected = expected_values(dataclass_types)
     missing = [key for key in _required(dataclass_types) if key not in values]

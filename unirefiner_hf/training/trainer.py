@@ -1,111 +1,466 @@
-"""Trainer of refinement objectives on `transformers.Trainer`."""
+"""The trainer: a backbone, images and a method in, a refined checkpoint out."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
+from transformers import TrainerCallback, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
-from ..data.unlabelled import RefinementStream
-from ..loading.unlocked import UnlockedTower
-from ..methods import ph_reg
-from ..methods.unirefiner import FILTERS, LOSS_TERMS, UniRefinerObjective
+from ..data.images import default_reference, denormalise, load_rgb, preprocess
+from ..data.samples import collate
+from ..data.streams import RefinementStream
+from ..data.unlabelled import open_images, sample_images
+from ..errors import UniRefinerError
+from ..export.card import card_from_record, render_card
+from ..export.checkpoint import is_ours
+from ..export.merge import Merged, merge
+from ..export.run_folder import (
+    ADAPTER,
+    MERGED,
+    METRICS,
+    PICTURE,
+    RECORD,
+    SNAPSHOTS,
+    checkpoint_name,
+    checkpoint_step,
+    is_run,
+    last_checkpoint_step,
+    read_record,
+    read_refiner_state,
+)
+from ..hub.push import Pushed, push
+from ..hub.sync import HubSync, fetch_last_checkpoint
+from ..loading.adapter import CheckpointError
+from ..loading.backbone import Backbone, Model
+from ..loading.float8 import check_float8, leave_float8
+from ..loading.quantized import check_device
+from ..loading.starter import starter_data
+from ..methods.base import backbone_arguments, check_arguments, load_trainable
+from ..methods.objective import Objective, Surroundings
+from ..methods.registry import method_settings
+from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from .arguments import RefineTrainingArguments
-from .callbacks import GracefulStop, RefinementProgress
+from ..outputs import write_json
+from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
+from ..spurious.settings import FilterSettings
+from ..spurious.similarity import gather_tokens
+from .arguments import UniRefinerArguments
+from .before_after import compare, figure
+from .callbacks import GracefulStop, RefinementProgress, Snapshots
+from .checkpoints import RefinementCheckpoints
+from .compiled import compile_layers
 from .distributed import (
+    LostProcessError,
     batch_seed,
+    check_launch,
     gather_named,
     highest,
+    load_whole,
+    lost_contact,
     wait_for_all,
-    whole_trainable,
 )
-from .state_tree import load_tree, random_states, restore_random_states, save_tree
+from .keywords import split_keywords
+from .record import finished_record, metrics_of, started_record
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-OWN_PARAMETERS = ("register_patch", "register_tokens")
-"""Of the register model itself; each in a file of its name where there is one."""
-REFINER_STATE = "refiner_state.json"
-OPTIMIZER_STATE = "optimizer.safetensors"
-SCHEDULER_STATE = "scheduler.safetensors"
-TRAINER_STATE = "trainer_state.json"
-STAGING = ".unfinished"
-TERMS = (*LOSS_TERMS, *ph_reg.LOSS_TERMS)
-METRICS = (*TERMS, "theta", "clean_ratio", *FILTERS)
+logger = logging.get_logger(__name__)
+
+LAZY_IMAGES, LAZY_TOKENS = 64, 128
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(UniRefinerError, ArithmeticError):
     """A loss term became NaN or infinite."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or does not fit this run."""
+class RunError(UniRefinerError):
+    """The run cannot start as asked."""
 
 
-class RefinementTrainer(Trainer):
-    """`transformers.Trainer` for an objective whose forward returns loss and metrics.
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; its message names the checkpoint that was left."""
+
+
+class UniRefinerTrainer(RefinementCheckpoints):
+    """`transformers.Trainer` for the refinement of a vision backbone.
+
+        trainer = UniRefinerTrainer(
+            model="facebook/dinov2-base",
+            args=UniRefinerArguments("runs/mine", max_steps=75),
+            train_dataset=photos,
+        )
+        trainer.train()
+        trainer.save_model("merged")
 
     What differs from its base:
 
-    - a checkpoint holds the adapter (as PEFT saves it), the learnable frame if there is
-      one, and the state needed to resume, all as safetensors or JSON; under DeepSpeed
-      and FSDP the optimiser's state is the engine's own;
-    - a checkpoint appears whole or not at all: it is written beside the run and
-      renamed, so a kill during saving leaves the one before;
+    - it loads the backbone, adds what the method trains, opens the images, and looks for
+      lazy channels before the first step;
+    - checkpoints are those of `RefinementCheckpoints`;
     - loss terms, clean ratio and the share each filter rejects are averaged over
       steps and processes and logged with the loss;
     - a loss that is not finite in one process stops all before the weights change;
     - whatever a batch draws (crops, strips, dropout) follows from the seed and the
       batch's place in the run, so it does not matter which process computes it;
-    - images the data set had to skip are counted in `skipped`, in every process.
+    - images the data set had to skip are counted in `skipped`, in every process;
+    - `save_model` writes the complete merged checkpoint, which `AutoModel` loads.
+
+    Nothing that is given is changed: arguments and settings are copied, and so is a model
+    in memory.
 
     Args:
-        lazy_channels: channels left out of cosines, kept in every checkpoint.
-        kwargs: those of `transformers.Trainer`; `model` is the objective.
+        model: Hub id, ``"starter"``, folder, vision model of transformers, or
+            `UniRefinerModel`.
+        args: of the run; None: made of the keywords.
+        train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_images`.
+        method: a name (``"unirefiner"``, ``"ph_reg"``, ``"distillation"``) or settings.
+        callbacks: further callbacks of transformers.
+        processing_class: image processor of a model in memory; None: from where the model
+            was loaded.
+        fields: of `UniRefinerArguments` where `args` is None, and of the method's settings
+            where `method` is a name.
+
+    Attributes:
+        backbone: what the run started from.
+        settings: of the method.
+        lazy_channels: left out of all cosines.
+        skipped: name -> reason of the images that could not be used.
+        record: the run's own account, as in ``run.json``.
+
+    Raises:
+        UniRefinerError: an argument that is wrong, given twice or not read by the method;
+            a folder that holds a run already; images of a form that is not taken; ...
+        LaunchError: the launcher started another number of processes.
     """
 
+    args: UniRefinerArguments
+
     def __init__(
-        self, *, lazy_channels: list[int] | None = None, **kwargs: Any
+        self,
+        model: Model | None = None,
+        args: UniRefinerArguments | None = None,
+        train_dataset: Any = None,
+        method: str | MethodSettings = "unirefiner",
+        callbacks: Sequence[TrainerCallback] | None = None,
+        *,
+        processing_class: BaseImageProcessor | None = None,
+        **fields: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.lazy_channels = lazy_channels or []
+        args, settings = _arguments(args, method, fields)
+        for name, value in (("model", model), ("train_dataset", train_dataset)):
+            if value is None:
+                raise RunError(
+                    f"{name} is missing: UniRefinerTrainer(..., {name}=...)."
+                )
+        assert model is not None
+        check_arguments(args, settings)
+        check_launch(args.world_size)
+        _use_one_gpu(args)
+        self.settings = settings
+        self.resumed = _checkpoint_to_resume(Path(str(args.output_dir)), args)
+        wait_for_all()
+        check_device(args.base_quantization, args.device)
+        if args.teacher_float8:
+            check_float8(args.device)
+        set_seed(args.seed)
+        load_whole()
+        self._given = (model, processing_class)
+        self.backbone = load_trainable(
+            model,
+            backbone_arguments(args),
+            settings,
+            bf16=bool(args.bf16),
+            processor=processing_class,
+        )
+        if args.push_to_hub and self.backbone.license is None:
+            raise RunError(
+                f"The licence of {self.backbone.name} is unknown, and a published model "
+                "needs one: look it up and set model_license."
+            )
+        images = _open(train_dataset, self.backbone, args)
+        self.report = images.report
+        for name, reason in self.report.skipped.items():
+            logger.warning(f"Left out {name}: {reason}")
+        self.reference = _reference(self.backbone, args)
+        objective = _objective(self.backbone, settings, self.reference, args)
+        if args.compile_layers:
+            compile_layers(self.backbone.model)
+        self.lazy_channels = _lazy_channels(objective, images, self.resumed)
+        self.shown = sample_images(images, args.report_images)
+        total_batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.total_batch = total_batch * args.world_size
+        args.learning_rate = args.scaled_learning_rate(self.total_batch)
+        if isinstance(images, RefinementStream) and args.max_steps <= 0:
+            args.max_steps = _steps_of_stream(self.total_batch, args)
+
         self.skipped: dict[str, str] = {}
         self.last_metrics: dict[str, float] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._drawn = (-1, 0)
+        super().__init__(
+            model=objective,
+            args=args,
+            train_dataset=images,
+            data_collator=collate,
+            callbacks=list(callbacks or ()),
+        )
+        if objective.needs_whole_weights and self.parts_weights:
+            raise RunError(
+                f"Method {settings.name} exchanges weights of the backbone for the "
+                "teacher's, which needs all of them in each process: launch with ddp.yaml "
+                "or zero2.yaml in place of ZeRO-3 or FSDP."
+            )
+        self._add_own_callbacks()
+        self.record = started_record(self)
+
+    def _add_own_callbacks(self) -> None:
+        args, model = self.args, self.backbone.model
         self.graceful_stop = GracefulStop(lambda n: highest(n, self.args.device))
         self.add_callback(self.graceful_stop)
-        if not self.args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(RefinementProgress)
-        else:
-            self.remove_callback(PrinterCallback)
-            self.add_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(PrinterCallback if args.disable_tqdm else RefinementProgress)
+        if args.push_to_hub:
+            self.add_callback(HubSync(args, self.backbone.name))
+        if args.snapshot_steps and self.shown:
+            side = self.backbone.image_size
+            width = self.refiner.register_width(side, side)
+            folder = self.folder / SNAPSHOTS
+            self.add_callback(
+                Snapshots(model, self.shown, width, folder, args.snapshot_steps)
+            )
 
     @property
-    def refiner(self) -> UniRefinerObjective:
-        """The objective without the wrappers of DDP, DeepSpeed or torch.compile."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def refined(self) -> UniRefinerModel:
+        """The register model in training, its adapter not merged."""
+        return self.refiner.model
 
-    @property
-    def folder(self) -> Path:
-        """Folder of the run."""
-        return Path(str(self.args.output_dir))
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: bool | str | Path | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, and leave adapter, picture, metrics and record in the run's folder.
+
+        Args:
+            resume_from_checkpoint: True: the newest checkpoint of the run, if any; or the
+                folder of one of its checkpoints. None: as `args.resume` says.
+            kwargs: none; those of `transformers.Trainer.train` are refused.
+
+        Raises:
+            RunError: the folder holds a run already, or a checkpoint of another folder.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
+            LostProcessError: another process of the run is gone.
+            NonFiniteLossError, CheckpointError, ImageError: see there.
+        """
+        if kwargs:
+            raise RunError(f"train() takes no {next(iter(kwargs))}: leave it out.")
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / RECORD, {**self.record, "finished": False})
+        started = time.monotonic()
+        output = self._run(checkpoint)
+        self._finish(output, time.monotonic() - started, checkpoint is not None)
+        wait_for_all()
+        return output
+
+    def _checkpoint(self, asked: bool | str | Path | None) -> Path | None:
+        """Where to resume; refuses a folder that another run filled meanwhile."""
+        if isinstance(asked, (str, Path)):
+            folder = Path(asked).absolute()
+            if (
+                checkpoint_step(folder) is None
+                or folder.parent != self.folder.absolute()
+            ):
+                raise RunError(
+                    f"resume_from_checkpoint is {asked}, which is no checkpoint-N of this "
+                    f"run in {self.folder}."
+                )
+            return folder
+        if asked:
+            step = last_checkpoint_step(self.folder)
+            return None if step is None else self.folder / checkpoint_name(step)
+        if not self.args.resume and (self.state.global_step or is_run(self.folder)):
+            raise _holds_a_run(self.folder)
+        return self.resumed
+
+    def _run(self, checkpoint: Path | None) -> TrainOutput:
+        with self.graceful_stop.watching():
+            try:
+                if checkpoint is not None and self.restore_finished(checkpoint):
+                    step = self.state.global_step
+                    output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
+                else:
+                    resume = str(checkpoint) if checkpoint else None
+                    output = super().train(resume_from_checkpoint=resume)
+            except Exception as problem:
+                if isinstance(problem, CheckpointError) or not lost_contact(problem):
+                    raise
+                raise self._lost(problem) from problem
+        if self.graceful_stop.received is not None:
+            name = checkpoint_name(last_checkpoint_step(self.folder) or 0)
+            raise Interrupted(
+                f"Stopped by {self.graceful_stop.received}; {name} was left. Continue with "
+                "--resume."
+            )
+        return output
+
+    def _lost(self, problem: Exception) -> LostProcessError:
+        step = last_checkpoint_step(self.folder)
+        left = "There is no checkpoint yet."
+        if step is not None:
+            left = f"{checkpoint_name(step)} is left."
+        how = "Start again" if step is None else "Continue with --resume"
+        reason = " ".join(str(problem).split())[:200]
+        return LostProcessError(
+            f"Process {self.args.process_index} lost contact with another after step "
+            f"{self.state.global_step}: it was killed or its machine is gone. {left} {how}, "
+            f"on as many processes. ({reason})"
+        )
+
+    def _finish(self, output: TrainOutput, seconds: float, resumed: bool) -> None:
+        """Adapter, comparison, picture and record.
+
+        Every process takes part in the forward passes, where weights may be split; the
+        first writes.
+        """
+        losses = self.final_metrics()
+        skipped = {**self.report.skipped, **gather_named(self.skipped)}
+        model = self.refined.eval()
+        leave_float8(model)
+        side = self.backbone.image_size
+        width = self.args.inference_register_width
+        if width is None:
+            width = self.refiner.register_width(side, side)
+        model.config.register_width = width
+        self.record = finished_record(self, losses, skipped, seconds, resumed)
+        self.save_adapter(self.folder / ADAPTER)
+        comparison = None
+        if self.shown:
+            device, mask = self.args.device, self.refiner.channel_mask
+            given = self.settings
+            filters = given if isinstance(given, FilterSettings) else FilterSettings()
+            comparison = compare(
+                model, self.shown, self.reference.to(device), filters, width, mask
+            )
+            self.record["spurious_shares"] = comparison.shares()
+            self.record["spurious_shares"]["images"] = len(self.shown)
+        if not self.is_world_process_zero():
+            return
+        if comparison is not None:
+            mean, std = self.backbone.mean, self.backbone.std
+            pictures = [denormalise(pixels, mean, std) for pixels in self.shown]
+            figure(comparison, pictures).save(self.folder / PICTURE)
+        write_json(self.folder / METRICS, metrics_of(self))
+        write_json(self.folder / RECORD, {**self.record, "finished": True})
+        if skipped:
+            logger.warning(
+                f"{len(skipped)} images could not be used; {RECORD} names each and why."
+            )
+
+    def save_model(  # type: ignore[override]
+        self, output_dir: str | Path | None = None, _internal_call: bool = False
+    ) -> Merged | None:
+        """Write the merged checkpoint, complete: `AutoModel.from_pretrained` loads it.
+
+        The base is loaded once more, in float32, so that the merge is as exact as can be
+        and the model in training stays as it is. To be called on every process; the first
+        writes.
+
+        Args:
+            output_dir: None: ``merged`` in the run's folder. A checkpoint of ours that is
+                there is replaced, anything else is not.
+
+        Raises:
+            RunError: nothing is trained yet.
+            ExportError: see `export_refined`.
+        """
+        if _internal_call:
+            return super().save_model(None if output_dir is None else str(output_dir))
+        self._check_finished("save_model")
+        merged = None
+        if self.is_world_process_zero():
+            load_whole()
+            folder = Path(output_dir) if output_dir else self.folder / MERGED
+            merged = merge(
+                self.folder, folder, overwrite=is_ours(folder), **self._source()
+            )
+            logger.info(f"The refined model is in {folder}.")
+        wait_for_all()
+        return merged
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str | None = None, **options: Any
+    ) -> Pushed | None:
+        """Publish the run; see `unirefiner_hf.push`. The first process does.
+
+        Args:
+            repo_id: ``user/name``; None: `args.hub_model_id`.
+            options: of `unirefiner_hf.push`.
+
+        Raises:
+            RunError: nothing is trained yet, or no repository is named.
+            HubError: see `unirefiner_hf.push`.
+        """
+        self._check_finished("push_to_hub")
+        repo_id = repo_id or self.args.hub_model_id
+        if not repo_id:
+            raise RunError("push_to_hub needs a repository: push_to_hub('user/name').")
+        pushed = None
+        if self.is_world_process_zero():
+            load_whole()
+            options.setdefault("private", bool(self.args.hub_private_repo))
+            options.setdefault("token", self.args.hub_token)
+            pushed = push(self.folder, repo_id, **{**self._source(), **options})
+            logger.info(f"The refined model is at {pushed.url}.")
+        wait_for_all()
+        return pushed
+
+    def create_model_card(  # type: ignore[override]
+        self, output_dir: str | Path | None = None, repo_id: str | None = None
+    ) -> Path:
+        """Write the model card of the run; a merged checkpoint has one of its own.
+
+        Args:
+            output_dir: gets ``README.md``; None: the run's folder.
+            repo_id: where the model is on the Hub, for the code a reader pastes.
+
+        Raises:
+            RunError: nothing is trained yet.
+        """
+        self._check_finished("create_model_card")
+        folder = self.folder if output_dir is None else Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = [PICTURE] if (folder / PICTURE).is_file() else []
+        card = card_from_record(self.record, repo_id=repo_id)
+        (folder / "README.md").write_text(render_card(card, shown), encoding="utf-8")
+        return folder / "README.md"
+
+    def _check_finished(self, asked: str) -> None:
+        if not (is_run(self.folder) and read_record(self.folder).get("finished")):
+            raise RunError(f"{asked}: nothing is trained yet. Call train() first.")
+
+    def _source(self) -> dict[str, Any]:
+        """Where the base is loaded from once more."""
+        model, processor = self._given
+        trust = self.args.trust_remote_code
+        return {
+            "model": model,
+            "processing_class": processor,
+            "trust_remote_code": trust,
+        }
+
+    # The step
 
     def compute_loss(
         self,
@@ -128,7 +483,7 @@ class RefinementTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         outputs = model(pixel_values=inputs["pixel_values"], progress=progress)
         self._stop_unless_finite(outputs)
-        for name in METRICS:
+        for name in self.refiner.METRICS:
             if name in outputs:
                 total, count = self._sums.get(name, (0.0, 0))
                 self._sums[name] = (total + outputs[name].detach().float(), count + 1)
@@ -155,10 +510,8 @@ class RefinementTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """As in `Trainer`; with `final_lr_share`, an exponential fall to it."""
-        args, optimizer = self.args, optimizer or self.optimizer
-        share = None
-        if isinstance(args, RefineTrainingArguments):
-            share = args.final_lr_share
+        optimizer = optimizer or self.optimizer
+        share = self.args.final_lr_share
         if share is None or optimizer is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         steps = max(1, num_training_steps)
@@ -178,7 +531,7 @@ class RefinementTrainer(Trainer):
         torch.manual_seed(batch_seed(args.seed, place))
 
     def _stop_unless_finite(self, outputs: dict[str, Tensor]) -> None:
-        names = [name for name in ("loss", *TERMS) if name in outputs]
+        names = [name for name in ("loss", *self.refiner.LOSS_TERMS) if name in outputs]
         values = torch.stack([outputs[name].detach().float() for name in names])
         finite = bool(torch.isfinite(values).all())
         if not highest(int(not finite), values.device):
@@ -186,7 +539,7 @@ class RefinementTrainer(Trainer):
         if finite:
             raise NonFiniteLossError(
                 f"Step {self.state.global_step + 1}: a loss of another process is not "
-                f"finite. The weights were not updated. {self._last_good()}"
+                f"finite. The weights were not updated. {self.last_good()}"
             )
         broken = [
             f"{name} = {value}"
@@ -195,14 +548,8 @@ class RefinementTrainer(Trainer):
         ]
         raise NonFiniteLossError(
             f"Step {self.state.global_step + 1}: {', '.join(broken)}. The weights were not "
-            f"updated. {self._last_good()} Lower the learning rate, or train in float32."
+            f"updated. {self.last_good()} Lower the learning rate, or train in float32."
         )
-
-    def _last_good(self) -> str:
-        step = last_checkpoint_step(self.folder)
-        if step is None:
-            return "There is no checkpoint yet."
-        return f"The last good checkpoint is checkpoint-{step}."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics' means since the last log, over all processes."""
@@ -212,7 +559,9 @@ class RefinementTrainer(Trainer):
         if self.skipped:
             logs["skipped_images"] = float(len(self.skipped))
         self.last_metrics.update(
-            (name, value) for name, value in logs.items() if name in ("loss", *METRICS)
+            (name, value)
+            for name, value in logs.items()
+            if name in ("loss", *self.refiner.METRICS)
         )
         super().log(logs, start_time)
 
@@ -231,6 +580,14 @@ class RefinementTrainer(Trainer):
         means = self.accelerator.reduce(means, reduction="mean")
         return dict(zip(names, means.tolist(), strict=True))
 
+    def planned_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        batches = len(self.get_train_dataloader())
+        an_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        return math.ceil(self.args.num_train_epochs * max(1, an_epoch))
+
     # The Hub: `HubSync` uploads whole checkpoints, without the base class's pickles
 
     def init_hf_repo(
@@ -241,371 +598,139 @@ class RefinementTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `HubSync` uploads when the checkpoint is whole."""
 
-    # Checkpoints
 
-    def planned_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        batches = len(self.get_train_dataloader())
-        an_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-        return math.ceil(self.args.num_train_epochs * max(1, an_epoch))
-
-    def restore_finished(self, folder: Path) -> bool:
-        """Take a checkpoint as the run's end if there is no step left to train.
-
-        `Trainer` would train one more. Returns whether that is so.
-        """
-        state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
-        if state.global_step < self.planned_steps():
-            return False
-        self._check_shape_of_run(folder)
-        load_adapter(self.refiner.model, folder)
-        self.skipped.update(read_refiner_state(folder)["skipped"])
-        self.state = state
-        for entry in state.log_history:
-            found = {k: v for k, v in entry.items() if k in ("loss", *METRICS)}
-            self.last_metrics.update(found)
-        return True
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, STAGING) if self._is_staging else folder
-
-    _is_staging = False
-    _is_wrapped = False
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staging = run / STAGING
-        wait_for_all()
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        wait_for_all()
-        self.skipped = gather_named(self.skipped)
-        self._is_staging = True
-        problem: Exception | None = None
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            problem = error
-        finally:
-            self._is_staging = False
-        # An engine's own saving waits for all processes: there, one that failed ends the
-        # run by itself.
-        failed = problem is not None
-        if not (failed and self.is_sharded):
-            failed = bool(highest(int(failed), self.args.device))
-        if failed:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(
-                f"{name} could not be written: {problem or 'another process failed'}. "
-                f"{self._last_good()} Free space in the output folder, then continue with "
-                "--resume."
-            ) from problem
-        if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(staging / name, run / name)
-            shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=str(run), save_total_limit=self.args.save_total_limit
-            )
-        wait_for_all()
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether DeepSpeed or FSDP holds the model's or the optimiser's state."""
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
-    @property
-    def parts_weights(self) -> bool:
-        """Whether no process holds every weight (ZeRO-3, FSDP)."""
-        return bool(self.is_fsdp_enabled or self._zero_stage == 3)
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write the trained adapter as PEFT does; to be called on every process."""
-        weights: dict[str, Tensor] | None = None
-        if not self._is_wrapped:
-            pass
-        elif self.is_deepspeed_enabled:
-            weights = whole_trainable(self.refiner)
-        elif self.is_fsdp_enabled:
-            weights = self.accelerator.get_state_dict(self.model)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            weights = None if weights is None else _below(weights, "model.")
-            save_adapter(self.refiner.model, folder, weights)
-
-    def save_model(
-        self, output_dir: str | None = None, _internal_call: bool = False
-    ) -> None:
-        """As in `Trainer`; of the weights, only the adapter is gathered and written."""
-        if not self.is_sharded:
-            super().save_model(output_dir, _internal_call)
-            return
-        folder = Path(output_dir) if output_dir else self.folder
-        self.save_adapter(folder)
-        self._save_refiner_state(folder)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir) if output_dir else self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.refiner.model, folder)
-        self._save_refiner_state(folder)
-
-    def _save_refiner_state(self, folder: Path) -> None:
-        if not self.args.should_save:
-            return
-        state = {
-            "lazy_channels": self.lazy_channels,
-            "skipped": self.skipped,
-            **self._shape_of_run(),
-        }
-        (folder / REFINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
-
-    def _shape_of_run(self) -> dict[str, Any]:
-        """What a checkpoint's state depends on beside the recipe."""
-        args = self.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps
-        kind = self.accelerator.distributed_type.value if self.is_sharded else "whole"
-        return {
-            "total_batch": batch * args.world_size,
-            "processes": args.world_size,
-            "state": f"{kind} ZeRO-{self._zero_stage}" if self._zero_stage else kind,
-        }
-
-    @property
-    def _zero_stage(self) -> int:
-        if not self.is_deepspeed_enabled:
-            return 0
-        return int(self.accelerator.state.deepspeed_plugin.zero_stage)
-
-    def _check_shape_of_run(self, folder: Path) -> None:
-        saved, now = read_refiner_state(folder), self._shape_of_run()
-        sharded = self.is_sharded or saved.get("state", "whole") != "whole"
-        for name in ("total_batch", "state", "processes"):
-            before = saved.get(name, now[name])
-            if before != now[name] and (sharded or name != "processes"):
-                raise CheckpointError(
-                    f"{folder.name} was written with {name} {before}, this run has "
-                    f"{now[name]}: launch with the same number of processes, batch and "
-                    "accumulation, and the same accelerate file."
-                )
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_adapter(self.refiner.model, Path(resume_from_checkpoint))
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> Any:
-        self._is_wrapped = True
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            self._check_shape_of_run(folder)
-            self._resume_stream(folder)
-            self.skipped.update(read_refiner_state(folder)["skipped"])
-        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
-            return super()._prepare_for_training(
-                max_steps, train_dataloader, resume_from_checkpoint
-            )
-        # The base would insist on the frozen weights, which checkpoints leave out.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        loaded, _ = self._engine.load_checkpoint(
-            resume_from_checkpoint, load_module_strict=False
+def _arguments(
+    args: UniRefinerArguments | None,
+    method: str | MethodSettings,
+    fields: dict[str, Any],
+) -> tuple[UniRefinerArguments, MethodSettings]:
+    """Own copies of the arguments and settings, the keywords among them."""
+    own, of_method = split_keywords(method, fields)
+    if args is None:
+        args = UniRefinerArguments(**own)
+    elif not isinstance(args, UniRefinerArguments):
+        raise RunError(
+            f"args is a {type(args).__name__}: give UniRefinerArguments(...), which takes "
+            "the fields of TrainingArguments too."
         )
-        if loaded is None:
-            raise CheckpointError(
-                f"{Path(resume_from_checkpoint).name} holds no DeepSpeed state."
-            )
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return prepared
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder, engine = Path(output_dir), self._engine
-        if engine is not None:
-            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        elif self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if self.args.should_save:
-            for state, name in self._stateful:
-                save_tree(state.state_dict(), folder / name)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        for state, name in self._stateful:
-            state.load_state_dict(load_tree(Path(checkpoint) / name))
-
-    @property
-    def _engine(self) -> Any:
-        """DeepSpeed's engine, None without DeepSpeed."""
-        return self.model_wrapped if self.is_deepspeed_enabled else None
-
-    @property
-    def _stateful(self) -> list[tuple[Any, str]]:
-        """What is saved beside the adapter; DeepSpeed keeps the optimiser's itself."""
-        scheduler = (self.lr_scheduler, SCHEDULER_STATE)
-        if self.is_deepspeed_enabled:
-            return [scheduler]
-        return [(self.optimizer, OPTIMIZER_STATE), scheduler]
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_tree(random_states(), Path(output_dir) / self._rng_file)
-        if isinstance(self.train_dataset, RefinementStream):
-            state = json.dumps(self.train_dataset.state())
-            (Path(output_dir) / self._stream_file).write_text(state + "\n")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / self._rng_file
-        # Batches seed themselves: a run on more processes than before lacks nothing.
-        if file.is_file():
-            restore_random_states(load_tree(file))
-
-    def _resume_stream(self, folder: Path) -> None:
-        if not isinstance(self.train_dataset, RefinementStream):
-            return
-        file = folder / self._stream_file
-        if not file.is_file():
-            raise CheckpointError(
-                f"{folder.name} has no {file.name}: it was written without --streaming, or "
-                "by fewer processes. Continue as it was started."
-            )
-        self.train_dataset.resume(json.loads(file.read_text()))
-
-    @property
-    def _stream_file(self) -> str:
-        return f"stream_position_{self.args.process_index}.json"
-
-    @property
-    def _rng_file(self) -> str:
-        return f"random_state_{self.args.process_index}.safetensors"
+    elif own:
+        name = next(iter(own))
+        raise RunError(
+            f"{name} is given twice: in args and as a keyword. Set it in args."
+        )
+    return copy.copy(args), method_settings(method, of_method)
 
 
-def save_adapter(
-    model: UniRefinerModel, folder: Path, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """Write the tower's adapter as PEFT does, and what the register model learnt beside it.
-
-    Of an unlocked tower (PH-Reg), the trained weights under the tower's own names.
-
-    Args:
-        model: the register model with a PEFT or unlocked tower.
-        state_dict: the model's gathered weights where they are sharded.
-    """
-    tower: PeftModel | UnlockedTower = model.tower
-    weights = adapter_weights(
-        tower, None if state_dict is None else _below(state_dict, "tower.")
-    )
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in weights.items()
-    }
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    if isinstance(tower, PeftModel):
-        config = copy.copy(tower.peft_config[tower.active_adapter])
-        config.inference_mode = True
-        config.save_pretrained(str(folder))
-    gathered = dict(model.named_parameters()) if state_dict is None else state_dict
-    for name in _own_parameters(model):
-        value = gathered[name].detach().cpu().contiguous()
-        save_file({name: value}, folder / f"{name}.safetensors")
-
-
-def _own_parameters(model: UniRefinerModel) -> list[str]:
-    parameters = dict(model.named_parameters())
-    return [name for name in OWN_PARAMETERS if name in parameters]
-
-
-def adapter_weights(
-    tower: PeftModel | UnlockedTower, state_dict: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The adapter's weights under the names PEFT saves; no look-up of the base's files."""
-    if isinstance(tower, UnlockedTower):
-        if state_dict is None:
-            return tower.trained()
-        return {name: state_dict[f"base.{name}"] for name in tower.names}
-    return get_peft_model_state_dict(
-        tower, state_dict=state_dict, save_embedding_layers=False
+def _open(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
+    return open_images(
+        starter_data(data),
+        image_size=(base.image_size, base.image_size),
+        mean=base.mean,
+        std=base.std,
+        split=args.data_split,
+        config_name=args.data_config,
+        image_column=args.image_column,
+        streaming=args.streaming,
+        max_images=args.max_images,
+        seed=args.seed,
+        process=args.process_index,
+        processes=args.world_size,
     )
 
 
-def load_adapter(model: UniRefinerModel, folder: Path) -> None:
-    """Read an adapter, and what the register model learnt, that `save_adapter` wrote.
+def _reference(base: Backbone, args: UniRefinerArguments) -> Tensor:
+    picture = default_reference()
+    if args.reference_image is not None:
+        picture = load_rgb(args.reference_image)
+    size = (base.image_size, base.image_size)
+    return preprocess(picture, size, base.mean, base.std).unsqueeze(0)
 
-    Raises:
-        CheckpointError: a file is missing, or the adapter belongs to another tower.
-    """
-    file = folder / ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise CheckpointError(f"{folder.name} holds no {ADAPTER_WEIGHTS}.")
-    weights = load_file(file)
-    expected = adapter_weights(model.tower)
-    wrong = [
-        name
-        for name in sorted(weights.keys() | expected.keys())
-        if name not in weights
-        or name not in expected
-        or weights[name].shape != expected[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"The adapter in {folder.name} does not fit this tower: {len(wrong)} of "
-            f"{len(expected)} tensors differ in name or shape, the first is {wrong[0]}. "
-            "Use the model, method and lora_rank of the run that wrote it."
+
+def _objective(
+    base: Backbone,
+    settings: MethodSettings,
+    reference: Tensor,
+    args: UniRefinerArguments,
+) -> Objective:
+    white = (1 - torch.tensor(base.mean)) / torch.tensor(base.std)
+    given = Surroundings(reference, args.register_factor, white)
+    return settings.objective().build(base.model, settings, given).to(args.device)
+
+
+def _steps_of_stream(total_batch: int, args: UniRefinerArguments) -> int:
+    if args.max_images is None:
+        raise RunError(
+            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
+            "or max_steps."
         )
-    own = _own_parameters(model)
-    for name in own:
-        if not (folder / f"{name}.safetensors").is_file():
-            raise CheckpointError(f"{folder.name} holds no {name}.safetensors.")
-    if isinstance(model.tower, UnlockedTower):
-        model.tower.load_trained(weights)
+    return math.ceil(args.num_train_epochs * args.max_images / total_batch)
+
+
+def _use_one_gpu(args: UniRefinerArguments) -> None:
+    """One process trains on one GPU; Trainer would split its batches over all it sees."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs, of which this one process uses one: accelerate launch "
+            "--config_file recipes/accelerate/ddp.yaml uses all."
+        )
+        args._n_gpu = 1
+
+
+def _checkpoint_to_resume(run: Path, args: UniRefinerArguments) -> Path | None:
+    step = last_checkpoint_step(run) if run.is_dir() else None
+    if not args.resume:
+        if step is not None or is_run(run):
+            raise _holds_a_run(run)
+        return None
+    if step is None and args.push_to_hub:
+        with args.main_process_first(desc="fetching the checkpoint"):
+            if args.local_process_index == 0:
+                fetch_last_checkpoint(str(args.hub_model_id), run, args.hub_token)
+        step = last_checkpoint_step(run) if run.is_dir() else None
+    if step is None:
+        logger.warning(f"{run.name} holds no checkpoint: starting at step 0.")
+        return None
+    return run / checkpoint_name(step)
+
+
+def _holds_a_run(run: Path) -> RunError:
+    step = last_checkpoint_step(run)
+    at = f", at {checkpoint_name(step)}" if step is not None else ""
+    return RunError(
+        f"{run} already holds a run{at}: continue it with --resume (resume=True), or name "
+        "another output_dir."
+    )
+
+
+def _lazy_channels(
+    objective: Objective, images: Any, checkpoint: Path | None
+) -> list[int]:
+    """Search once; a resumed run keeps what its checkpoint recorded."""
+    if not objective.looks_for_lazy_channels:
+        return []
+    if checkpoint is not None:
+        channels = read_refiner_state(checkpoint)["lazy_channels"]
     else:
-        set_peft_model_state_dict(model.tower, weights)
-    parameters = dict(model.named_parameters())
-    for name in own:
-        with (
-            safe_open(folder / f"{name}.safetensors", framework="pt") as file,
-            torch.no_grad(),
-        ):
-            parameters[name].copy_(file.get_tensor(name))
+        sample = sample_images(images, LAZY_IMAGES)
+        if len(sample) < 2:
+            logger.warning("One image is too few for the lazy-channel search: skipped.")
+            return []
+        found = _search_lazy_channels(objective, sample)
+        channels = found.channels
+        logger.info(f"Lazy channels {channels}: cosines {found.unrelated_cosine}.")
+    hidden = objective.channel_mask.numel()
+    mask = LazyChannels(channels, [], "").mask(hidden)
+    objective.set_channel_mask(mask.to(objective.channel_mask))
+    return channels
 
 
-def read_refiner_state(folder: Path) -> dict[str, Any]:
-    """Lazy channels and skipped images a checkpoint recorded."""
-    return json.loads((folder / REFINER_STATE).read_text())
-
-
-def last_checkpoint_step(run: Path) -> int | None:
-    """Step of the newest checkpoint of a run, None without one."""
-    steps = [
-        int(folder.name.removeprefix("checkpoint-"))
-        for folder in run.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit()
-        and (folder / TRAINER_STATE).is_file()
-    ]
-    return max(steps, default=None)
-
-
-def _below(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in state_dict.items()
-        if name.startswith(prefix)
-    }
+def _search_lazy_channels(objective: Objective, images: list[Tensor]) -> LazyChannels:
+    """Up to 128 teacher tokens of each image, drawn by a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    bank = []
+    for pixels in images:
+        tokens = objective.teacher_tokens(pixels.unsqueeze(0)).float().cpu()
+        count = min(LAZY_TOKENS, tokens.shape[1])
+        index = torch.randperm(tokens.shape[1], generator=generator)[:count]
+        bank.append(gather_tokens(tokens, index.unsqueeze(0)))
+    return find_lazy_channels(torch.cat(bank))

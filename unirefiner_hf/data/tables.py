@@ -1,0 +1,89 @@
+"""Data sets of `datasets`: files, folders, saved sets and the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from .images import ImageError
+
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+FORMS = (
+    "Images are taken as PIL images, or as encoded files: paths, bytes, or a column of "
+    "datasets.Image. Arrays and tensors do not tell their range and channel order: turn them "
+    "into images first (PIL.Image.fromarray)."
+)
+
+
+class FormError(ImageError):
+    """What stands for an image is of a form that is not taken."""
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` saved a set in a folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def builder_of(path: Path) -> str | None:
+    """The `datasets` builder of a file, or of the first such file in a folder."""
+    if path.is_file():
+        return BUILDERS.get(path.suffix)
+    found = {p.suffix for p in path.rglob("*") if p.suffix in BUILDERS}
+    return BUILDERS[sorted(found)[0]] if found else None
+
+
+def load_table(data: str, config_name: str | None, split: str, streaming: bool) -> Any:
+    """A `datasets` set of a file, a folder of files, a saved folder, or the Hub.
+
+    Raises:
+        ImageError: nothing there, or no such split.
+    """
+    path = Path(data).expanduser()
+    if path.exists():
+        if is_saved(path):
+            table = datasets.load_from_disk(str(path))
+            if isinstance(table, datasets.DatasetDict):
+                if split not in table:
+                    raise ImageError(
+                        f"{path.name} has no split {split!r}; it has {', '.join(table)}."
+                    )
+                table = table[split]
+            return table.to_iterable_dataset() if streaming else table
+        builder = builder_of(path)
+        if builder is None:
+            raise ImageError(
+                f"{path.name}: not a folder, nor one of {', '.join(BUILDERS)} files."
+            )
+        suffix = next(key for key, value in BUILDERS.items() if value == builder)
+        files = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
+        names = [str(file) for file in files]
+        return datasets.load_dataset(
+            builder, data_files={"train": names}, split="train", streaming=streaming
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data) or data.startswith("."):
+        raise ImageError(f"{data}: there is no such folder or file.")
+    try:
+        return datasets.load_dataset(
+            data, config_name, split=split, streaming=streaming
+        )
+    except ValueError as problem:
+        raise ImageError(f"{data}: {problem}") from problem
+    except (FileNotFoundError, ConnectionError) as problem:
+        raise ImageError(
+            f"{data} is neither here nor to be had from the Hub: {problem}"
+        ) from None
+
+
+def source_of(value: Any) -> Any:
+    """What `load_rgb` takes of a cell: bytes, a path or an image."""
+    if isinstance(value, dict):
+        return value["bytes"] if value.get("bytes") is not None else value["path"]
+    if value is None:
+        raise ImageError("an empty cell.")
+    if not isinstance(value, (str, bytes, Image.Image)):
+        raise FormError(f"holds a {type(value).__name__}. {FORMS}")
+    return value

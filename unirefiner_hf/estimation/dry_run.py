@@ -1,0 +1,382 @@
+"""A training step on tensors that hold no data: what it computes and what it keeps.
+
+The objective itself runs, its tower included, on fake tensors (shape and type, no
+storage), so the counts follow the code and a new vision family needs nothing here.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..methods.settings import UniRefinerSettings
+from ..methods.unirefiner import UniRefinerObjective
+from ..modeling.families import layers_of
+from ..modeling.modeling_unirefiner import UniRefinerModel
+
+aten = torch.ops.aten
+_FLASH = "_scaled_dot_product_flash_attention"
+
+COMPOSITES = "teacher, composites"
+CROPS = "teacher, crops"
+VIEWS = "teacher, shifted views"
+FULL_IMAGE = "teacher, full image"
+STUDENT = "student forward"
+RELATION = "relation crops"
+LOSSES = "losses and filters"
+BACKWARD = "backward"
+RECOMPUTATION = "recomputation"
+OTHER = "views and tokens"
+PASSES = (COMPOSITES, CROPS, VIEWS, FULL_IMAGE, STUDENT, RELATION)
+PARTS = (*PASSES, LOSSES, BACKWARD, RECOMPUTATION, OTHER)
+"""The parts of a step, in the order they are told."""
+
+BASE, ADAPTER, BATCH = "frozen base", "adapter", "images and buffers"
+
+
+@dataclass
+class StepCost:
+    """What one step of one process takes.
+
+    Attributes:
+        flops: part of the step -> dtype of the products -> floating point operations,
+            two for a multiply-add. Matrix products, convolutions and attention are
+            counted, as in `torch.utils.flop_counter`.
+        calls, images, tokens: part -> calls of the tower in it, and the images and the
+            tokens (with prefix and frame) that they carried.
+        peak: what holds the memory at the fullest moment -> bytes.
+        base, trainable: parameters.
+    """
+
+    flops: dict[str, dict[torch.dtype, int]]
+    calls: dict[str, int]
+    images: dict[str, int]
+    tokens: dict[str, int]
+    peak: dict[str, int]
+    base: int
+    trainable: int
+
+    @property
+    def total_flops(self) -> int:
+        """Floating point operations of the whole step."""
+        return sum(sum(by_dtype.values()) for by_dtype in self.flops.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the fullest moment of the step."""
+        return sum(self.peak.values())
+
+
+def dry_step(
+    model: UniRefinerModel,
+    settings: UniRefinerSettings,
+    *,
+    image_size: int,
+    batch: int,
+    register_factor: int = 32,
+    objective_type: type[UniRefinerObjective] = UniRefinerObjective,
+    progress: float = 1.0,
+    autocast: torch.dtype | None = None,
+    as_on_gpu: bool = True,
+    checkpointing: bool = False,
+    gradients_kept: bool = False,
+) -> StepCost:
+    """Run forward and backward of one step without data.
+
+    Where the real step looks at values, the worst case is taken: every token is clean.
+
+    Args:
+        model: the register model with an adapter; on the meta device, so that nothing
+            is in memory. Moved to fake tensors in place.
+        image_size: side of the images, pixels.
+        batch: images a step.
+        objective_type: the method.
+        progress: as for the objective.
+        autocast: type of mixed precision, None for none.
+        as_on_gpu: mixed precision and passes without gradient as on a GPU: layer norms
+            in float32, whole batches at once.
+        checkpointing: the student's activations are recomputed.
+        gradients_kept: a step after the first of an accumulation.
+    """
+    settings = copy.copy(settings)
+    if as_on_gpu and settings.no_grad_batch is None:
+        most = settings.num_crops
+        if settings.method == "ph_reg":
+            most = settings.teacher_views
+        settings.no_grad_batch = batch * most
+    meter = _Meter()
+    with _no_cached_tensors(), FakeTensorMode(), meter:
+        model._apply(_without_data)
+        reference = torch.empty(1, 3, image_size, image_size)
+        told: Any = type("Told", (_Told, objective_type), {})
+        objective = told(model, settings, reference, register_factor)
+        objective.meter, objective.batch = meter, batch
+        objective.train()
+        if checkpointing:
+            objective.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        pixels = torch.empty(batch, 3, image_size, image_size)
+        if gradients_kept:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        mixed = torch.autocast("cpu", autocast, enabled=autocast is not None)
+        with _kernels(norms_in_float32=as_on_gpu):
+            with mixed:
+                objective.reference_views(image_size, image_size)
+                meter.start(objective, pixels)
+                loss = objective(pixels, progress)["loss"]
+            with meter.part(BACKWARD):
+                loss.backward()
+    total = sum(p.numel() for p in objective.model.parameters())
+    trainable = sum(p.numel() for p in trained)
+    return StepCost(
+        flops={part: dict(count) for part, count in meter.flops.items()},
+        calls=dict(meter.calls),
+        images=dict(meter.images),
+        tokens=dict(meter.tokens),
+        peak=meter.peak,
+        base=total - trainable,
+        trainable=trainable,
+    )
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+class _Told:
+    """Mixed into an objective: says which part of the step runs."""
+
+    meter: _Meter
+    batch: int
+    teaching = viewing = False
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        self.teaching = True
+        with super()._adapter_off():  # type: ignore[misc]
+            yield
+        self.teaching = False
+
+    def _encode(self, images: Tensor, register_width: int) -> Tensor:
+        part = RELATION
+        if self.viewing:
+            part = VIEWS
+        elif self.teaching:
+            part = FULL_IMAGE if len(images) == self.batch else CROPS
+        with self.meter.part(part):
+            return super()._encode(images, register_width)  # type: ignore[misc]
+
+    def _encode_with_flow(self, *args: Any) -> Any:
+        with self.meter.part(COMPOSITES):
+            return super()._encode_with_flow(*args)  # type: ignore[misc]
+
+    def _encode_views(self, views: Tensor) -> Tensor:
+        self.viewing = True
+        tokens = super()._encode_views(views)  # type: ignore[misc]
+        self.viewing = False
+        return tokens
+
+    def _distilled(self, *args: Any) -> Any:
+        with self.meter.part(LOSSES):
+            return super()._distilled(*args)  # type: ignore[misc]
+
+    def _losses(self, *args: Any) -> Any:
+        with self.meter.part(LOSSES):
+            return super()._losses(*args)  # type: ignore[misc]
+
+    def _plain_losses(self, *args: Any) -> Any:
+        with self.meter.part(LOSSES):
+            return super()._plain_losses(*args)  # type: ignore[misc]
+
+
+class _Meter(TorchDispatchMode):
+    """Counts operations and the bytes that are alive, by part of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formulas = dict(FlopCounterMode(display=False).flop_registry)
+        for ending in ("", "_backward"):
+            kernel = getattr(aten, f"{_FLASH}_for_cpu{ending}")
+            self.formulas[kernel] = self.formulas[getattr(aten, f"{_FLASH}{ending}")]
+        self.flops: dict[str, Counter] = defaultdict(Counter)
+        self.calls: Counter = Counter()
+        self.images: Counter = Counter()
+        self.tokens: Counter = Counter()
+        self.peak: dict[str, int] = {}
+        self._alive: Counter = Counter()
+        self._now = OTHER
+        self._owned = WeakIdKeyDictionary()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Everything inside belongs to this part of the step."""
+        before, self._now = self._now, name
+        try:
+            yield
+        finally:
+            self._now = before
+
+    def start(self, objective: UniRefinerObjective, pixels: Tensor) -> None:
+        """Forget what came before; from here on it is the step."""
+        for name, parameter in objective.named_parameters():
+            kind = ADAPTER if parameter.requires_grad else BASE
+            self._own(parameter, kind)
+        for tensor in (*objective.buffers(), pixels):
+            self._own(tensor, BATCH)
+        self.flops.clear()
+        self.calls.clear()
+        self.images.clear()
+        self.tokens.clear()
+        self.peak = dict(self._alive)
+        model = objective.model
+        encode = model.encode
+
+        def encode_told(*args: Any, **options: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return encode(*args, **options)
+            with self.part(STUDENT):
+                return encode(*args, **options)
+
+        def count(layer: nn.Module, args: Any, output: Any) -> None:
+            tokens = output[0] if isinstance(output, tuple) else output
+            if self._now in PASSES:
+                self.calls[self._now] += 1
+                self.images[self._now] += tokens.shape[0]
+                self.tokens[self._now] += tokens.shape[0] * tokens.shape[1]
+
+        model.encode = encode_told  # type: ignore[method-assign]
+        first = layers_of(model.tower, model.family)[0]
+        first.register_forward_hook(count)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = _value_free(func, args, kwargs)
+        formula = self.formulas.get(func.overloadpacket)
+        if formula is not None:
+            # A convolution's backward gives None for the gradient of the image.
+            dtype = next(leaf.dtype for leaf in tree_leaves(out) if leaf is not None)
+            self.flops[self._part][dtype] += formula(*args, **kwargs, out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._own(leaf)
+        if sum(self._alive.values()) > sum(self.peak.values()):
+            self.peak = dict(self._alive)
+        return out
+
+    @property
+    def _part(self) -> str:
+        # A backward pass runs without gradient, but for the forward it repeats.
+        if self._now == BACKWARD and torch.is_grad_enabled():
+            return RECOMPUTATION
+        return self._now
+
+    def _own(self, tensor: Tensor, kind: str | None = None) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        if storage not in self._owned:
+            entry = self._owned[storage] = [kind or self._part]
+            self._alive[entry[0]] += size
+            weakref.finalize(storage, self._release, entry, size)
+        elif kind is not None:
+            entry = self._owned[storage]
+            self._alive[entry[0]] -= size
+            entry[0] = kind
+            self._alive[kind] += size
+
+    def _release(self, entry: list[str], size: int) -> None:
+        self._alive[entry[0]] -= size
+
+
+def _value_free(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operation; where it depends on values, every mask is true."""
+    if func is aten._local_scalar_dense.default:
+        return _one(args[0])
+    if func is aten.index.Tensor and _is_mask(args[1]):
+        return args[0].flatten(0, args[1][0].ndim - 1).clone()
+    if "index_put" in func.__name__ and _is_mask(args[1]):
+        return args[0].clone()
+    return func(*args, **kwargs)
+
+
+def _one(tensor: Tensor) -> bool | int | float:
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _is_mask(indices: Any) -> bool:
+    return indices[0] is not None and indices[0].dtype == torch.bool
+
+
+def _no_cached_tensors() -> Any:
+    """Position grids that transformers keeps between calls are neither read nor kept.
+
+    A real one does not mix with fake tensors, and a fake one would break the next real
+    run. transformers passes its caches by while it believes to be compiled.
+    """
+    return mock.patch(
+        "transformers.pytorch_utils.is_torchdynamo_compiling", lambda: True
+    )
+
+
+@contextmanager
+def _kernels(norms_in_float32: bool) -> Iterator[None]:
+    """Attention without its matrix, and layer norms as a GPU's mixed precision has them.
+
+    The functions themselves are exchanged: a mode would not reach the forward that a
+    backward pass repeats.
+    """
+    layer_norm = functional.layer_norm
+
+    def float32_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            input = input.float()
+        return layer_norm(input, *args, **kwargs)
+
+    with ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(
+            patch(functional, "scaled_dot_product_attention", _attention)
+        )
+        if norms_in_float32:
+            stack.enter_context(patch(functional, "layer_norm", float32_norm))
+        yield
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    kernel = getattr(aten, f"{_FLASH}_for_cpu")
+    return kernel(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]

@@ -1,0 +1,151 @@
+"""What a recipe says of the backbone and what is added to it; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import require
+from ..modeling.fills import FILLS
+
+QUANTIZATIONS = ("nf4", "int8")
+BASE_DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass
+class BackboneArguments:
+    """The backbone, its border of registers and its adapter (published: rank 8, alpha 16).
+
+    Raises:
+        UniRefinerError: a value is outside its range.
+    """
+
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model."}
+    )
+    model_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the model, for the card. Unset: read from the model's own "
+            "card; where that says nothing, the card says unknown."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the model repository's own code. Off unless asked for."},
+    )
+    keep_text: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put the base's text encoder, projections and tokenizer, unchanged, into "
+            "text/ of the merged model, so that it stays a dual encoder. Unset: where the "
+            "base has them."
+        },
+    )
+    base_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the frozen backbone; the adapter is trained in float32. "
+            "'auto': bfloat16 where bf16 is on, else float32.",
+            "choices": list(BASE_DTYPES),
+        },
+    )
+    base_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the frozen layers in fewer bits: 'nf4' (about a quarter of "
+            "bfloat16) or 'int8' (half), through bitsandbytes; for small cards. The "
+            "merge is into the unquantised base. Unset: not.",
+            "choices": list(QUANTIZATIONS),
+        },
+    )
+    teacher_float8: bool = field(
+        default=False,
+        metadata={
+            "help": "Frozen weights multiply in float8 in the passes without gradient "
+            "(teacher, relation): faster on GPUs from compute capability 8.9 on, one byte "
+            "a weight more. The student stays as it is."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How attention is computed: sdpa, flash_attention_2 (its package has "
+            "to be there), eager, ... Unset: transformers chooses, sdpa for every family."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square the images are resized to, in pixels; a multiple "
+            "of the patch size. Unset: the size the backbone was trained at."
+        },
+    )
+    final_norm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Apply the backbone's last layer norm to the patch tokens of a family "
+            "whose output lacks it. Unset: on for CLIP, as published, and MetaCLIP 2."
+        },
+    )
+    register_factor: int = field(
+        default=32,
+        metadata={
+            "help": "The border of registers is max(1, side in patches // this) patches "
+            "wide."
+        },
+    )
+    register_fill: str = field(
+        default="zero",
+        metadata={
+            "help": "Pixels of the border of registers.",
+            "choices": list(FILLS),
+        },
+    )
+    inference_register_width: int | None = field(
+        default=None,
+        metadata={
+            "help": "Border of the published model, in patches; wider than in training "
+            "often gives a cleaner map. Unset: as in training."
+        },
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(
+        default=0.1, metadata={"help": "Dropout of the adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        self.check_backbone()
+
+    def check_backbone(self) -> None:
+        """Refuse values outside their range."""
+        dtypes, fills = ", ".join(BASE_DTYPES), ", ".join(FILLS)
+        size, width = self.image_size, self.inference_register_width
+        require(self, "base_dtype", self.base_dtype in BASE_DTYPES, f"one of {dtypes}")
+        kinds, kind = ", ".join(QUANTIZATIONS), self.base_quantization
+        require(
+            self,
+            "teacher_float8",
+            not (self.teacher_float8 and kind),
+            "false where base_quantization is set",
+        )
+        require(
+            self,
+            "base_quantization",
+            kind is None or kind in QUANTIZATIONS,
+            f"one of {kinds}, or unset",
+        )
+        require(
+            self, "image_size", size is None or size >= 1, "at least 1 pixel, or unset"
+        )
+        require(self, "register_factor", self.register_factor >= 1, "at least 1")
+        require(self, "register_fill", self.register_fill in FILLS, f"one of {fills}")
+        require(
+            self,
+            "inference_register_width",
+            width is None or width >= 0,
+            "0 or more patches, or unset",
+        )
+        require(self, "lora_rank", self.lora_rank >= 1, "at least 1")
+        require(self, "lora_alpha", self.lora_alpha >= 1, "at least 1")
+        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")

@@ -1,0 +1,1 @@
+"""The self-distillation baseline: UniRefiner's steps without registers and filters."""

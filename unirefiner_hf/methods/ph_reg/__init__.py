@@ -1,0 +1,1 @@
+"""PH-Reg (arXiv 2505.21501): register tokens and a teacher averaged over views."""

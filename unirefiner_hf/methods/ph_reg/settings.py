@@ -1,0 +1,110 @@
+"""Hyper-parameters of PH-Reg."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ...errors import require
+from ..settings import ADAPTER, BORDER, REDUCED, MethodSettings
+
+if TYPE_CHECKING:
+    from .objective import PHReg
+
+OWN_WEIGHTS = "it trains weights of the backbone itself, in float32"
+
+
+@dataclass
+class PHRegSettings(MethodSettings):
+    """Hyper-parameters of one PH-Reg step (arXiv 2505.21501).
+
+    Defaults are the published ones.
+
+    Raises:
+        UniRefinerError: a value is outside its range.
+    """
+
+    name = "ph_reg"
+    title = "PH-Reg"
+    ending = "ph-reg"
+    unread = {
+        **dict.fromkeys(BORDER, "it trains without a border of registers"),
+        **dict.fromkeys(ADAPTER, OWN_WEIGHTS),
+        **dict.fromkeys(REDUCED, OWN_WEIGHTS),
+    }
+    summary = (
+        "{base}, distilled by PH-Reg so that its patch tokens describe their own place. The "
+        "teacher is the base itself, its tokens averaged over {teacher_views} moved and "
+        "mirrored views of each unlabelled image, which artifacts do not follow; the student "
+        "has {register_tokens} learned register tokens in its sequence, dropped at the end, "
+        "and trained them with its position and patch embedding and its last layer. All of "
+        "it is in these weights."
+    )
+    registers = (
+        "{register_tokens} learned register tokens, added and removed by the model"
+    )
+    usage = "The register tokens are inside: there is nothing to set."
+
+    register_tokens: int = field(
+        default=16,
+        metadata={
+            "help": "Learned tokens that join the sequence. 0: the same distillation "
+            "without registers, its control."
+        },
+    )
+    teacher_views: int = field(
+        default=10,
+        metadata={
+            "help": "Views the teacher is averaged over, the image itself the first. "
+            "1: no denoising."
+        },
+    )
+    teacher_shift: float = field(
+        default=0.15,
+        metadata={"help": "How far a view is moved at most, as a share of the grid."},
+    )
+    teacher_offsets: int = field(
+        default=100,
+        metadata={
+            "help": "Offsets drawn, of which the views keep those far from each other."
+        },
+    )
+    teacher_flip: float = field(
+        default=0.5,
+        metadata={"help": "Probability that a view is mirrored."},
+    )
+    mse_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the squared error beside the cosine's loss."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "register_tokens", self.register_tokens >= 0, "0 or more")
+        require(self, "teacher_views", self.teacher_views >= 1, "at least 1")
+        require(self, "teacher_shift", 0 <= self.teacher_shift < 0.5, "in [0, 0.5)")
+        require(
+            self,
+            "teacher_offsets",
+            self.teacher_offsets >= self.teacher_views,
+            f"teacher_views ({self.teacher_views}) or more",
+        )
+        require(self, "teacher_flip", 0 <= self.teacher_flip <= 1, "in [0, 1]")
+        require(self, "mse_weight", self.mse_weight >= 0, "0 or more")
+
+    @classmethod
+    def objective(cls) -> type[PHReg]:
+        """See `MethodSettings.objective`."""
+        from .objective import PHReg
+
+        return PHReg
+
+    @property
+    def num_register_tokens(self) -> int:
+        """Learned tokens that join the sequence."""
+        return self.register_tokens
+
+    @property
+    def widest_pass(self) -> int:
+        """The views of an image."""
+        return self.teacher_views

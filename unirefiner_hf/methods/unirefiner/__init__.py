@@ -1,0 +1,1 @@
+"""UniRefiner (arXiv 2605.19622): a border of register patches that absorbs artifacts."""
