@@ -59,7 +59,7 @@ def publish(folder, family="dinov2", **options):
         ("dinov2", {"register_fill": "randn", "register_width": 2}),
         ("clip_vision_model", {"final_norm": True}),
         ("unirefiner_eva_clip_vision", {}),
-        ("unirefiner_intern_vit", {}),
+        ("internvl_vision", {}),
     ],
 )
 def test_fresh_process_without_the_package(family, options, tmp_path):
@@ -109,8 +109,9 @@ def test_saving_alone_copies_the_code_too(tmp_path):
         "modeling_unirefiner",
         "configuration_unirefiner",
         "configuration_eva_clip",
-        "configuration_intern_vit",
         "modeling_eva_clip",
+        "errors",
+        "configuration_intern_vit",
         "modeling_intern_vit",
         "registers",
         "towers",

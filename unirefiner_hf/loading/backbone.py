@@ -21,6 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..errors import UniRefinerError, as_users
+from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -91,9 +92,9 @@ def load_backbone(
     """The register model round a backbone, nothing in it trainable yet.
 
     Args:
-        model: see `Model`. One in memory is copied, so that it stays as it is; of a
-            `UniRefinerModel` the backbone, the fill of its border and `final_norm` are
-            taken.
+        model: see `Model`. One in memory is copied, so that it stays as it is. Of a
+            `UniRefinerModel`, in memory or saved, the backbone, the fill of its border and
+            `final_norm` are taken.
         dtype: of the frozen weights.
         num_register_tokens: learned tokens that join the sequence.
         processor: its image processor; None: from the model's own files.
@@ -108,8 +109,13 @@ def load_backbone(
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         source, name = backbone_source(model)
-        tower = _read_tower(model, source, args, dtype)
         text_side = _text_side(args, source)
+        refined = _read_refined(source, args)
+        if refined is None:
+            tower = _read_tower(model, source, args, dtype)
+        else:
+            fill, final_norm = _settings_of(refined, args)
+            tower = bare_tower(refined).to(dtype)  # type: ignore[arg-type]
     else:
         source, name = _origin(model)
         _check_in_memory(args)
@@ -180,6 +186,8 @@ def weightless_tower(model: str | Path, args: BackboneArguments) -> PreTrainedMo
     config = tower_config(
         source, revision=args.revision, trust_remote_code=args.trust_remote_code
     )
+    if config.model_type == UniRefinerConfig.model_type:
+        config = config.vision_config
     family_of(config)
     dual = config.model_type in DUAL_ENCODERS
     # Flash attention of any package is counted as that of PyTorch.
@@ -199,8 +207,22 @@ def copied_tower(
     """A copy of a model's backbone, on the CPU; the model stays as it is.
 
     Raises:
-        BackboneError: a `UniRefinerModel` whose register tokens the copy would lose, or
-            that an adapter is round already.
+        BackboneError: see `bare_tower`.
+    """
+    copied: Any = copy.deepcopy(bare_tower(model))
+    copied.to(device="cpu", dtype=dtype)
+    if attn_implementation is not None:
+        with as_users("attn_implementation"):
+            copied.set_attn_implementation(attn_implementation)
+    return copied.train(False)
+
+
+def bare_tower(model: PreTrainedModel) -> PreTrainedModel:
+    """The backbone of a model: itself, its vision half, or what a border is round.
+
+    Raises:
+        BackboneError: a `UniRefinerModel` with register tokens in its sequence, or that an
+            adapter is round already.
     """
     tower: Any = model
     if isinstance(model, UniRefinerModel):
@@ -218,11 +240,7 @@ def copied_tower(
     if tower.config.model_type in DUAL_ENCODERS:
         tower = tower.vision_model
     family_of(tower.config)
-    copied = copy.deepcopy(tower).to(device="cpu", dtype=dtype)
-    if attn_implementation is not None:
-        with as_users("attn_implementation"):
-            copied.set_attn_implementation(attn_implementation)
-    return copied.train(False)
+    return tower
 
 
 def load_processor(source: str, **options: Any) -> Any:
@@ -292,6 +310,24 @@ def image_size(asked: int | None, config: PreTrainedConfig, patch: int) -> int:
             f"{low} or {low + patch}."
         )
     return size
+
+
+def _read_refined(source: str, args: BackboneArguments) -> UniRefinerModel | None:
+    """A checkpoint of ours to refine once more, None where it is another's."""
+    place: dict[str, Any] = {
+        "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if tower_config(source, **place).model_type != UniRefinerConfig.model_type:
+        return None
+    if args.base_quantization is not None:
+        raise BackboneError(
+            f"base_quantization is {args.base_quantization!r}, and {Path(source).name} is a "
+            "refined checkpoint, which is read whole. Leave it out."
+        )
+    return UniRefinerModel.from_pretrained(
+        source, attn_implementation=args.attn_implementation, **place
+    )
 
 
 def _read_tower(

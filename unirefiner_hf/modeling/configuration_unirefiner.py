@@ -25,11 +25,9 @@ except ImportError as error:
     ) from error
 
 from .configuration_eva_clip import EvaClipVisionConfig
-from .configuration_intern_vit import InternViTConfig
 from .registers import FILLS
 
-for _config in (EvaClipVisionConfig, InternViTConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+AutoConfig.register(EvaClipVisionConfig.model_type, EvaClipVisionConfig, exist_ok=True)
 
 FORMAT_VERSION = 2
 """Version 2 has register tokens; without them files stay version 1."""
@@ -47,6 +45,9 @@ _STANDARD_KEYS = {
     "task_specific_params",
     "torchscript",
 }
+
+# InternViT in refined checkpoints of earlier versions; its weights are named as published.
+_EARLIER_INTERN_VIT = "unirefiner_intern_vit"
 
 logger = logging.get_logger(__name__)
 
@@ -148,6 +149,13 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         self._refuse_unknown(kwargs)
         if isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)
+        elif (self.vision_config or {}).get("model_type") == _EARLIER_INTERN_VIT:
+            # Here, because it imports the Auto classes of models.
+            from .configuration_intern_vit import PublishedInternViTConfig
+
+            self.vision_config = PublishedInternViTConfig.from_published(
+                self.vision_config
+            )
         super().__post_init__(**kwargs)
         self._check_settings()
         if self.num_register_tokens:

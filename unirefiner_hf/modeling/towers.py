@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,21 +23,18 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration_eva_clip import EvaClipVisionConfig
-from .configuration_intern_vit import InternViTConfig
+from .configuration_intern_vit import PublishedInternViTConfig
 from .errors import UniRefinerError
 from .modeling_eva_clip import EvaClipVisionModel
-from .modeling_intern_vit import InternViTModel
+from .modeling_intern_vit import PublishedInternViT
 
 # transformers has this class, but its AutoModel does not know it.
 AutoModel.register(MetaClip2VisionConfig, MetaClip2VisionModel, exist_ok=True)
 AutoModel.register(EvaClipVisionConfig, EvaClipVisionModel, exist_ok=True)
-AutoModel.register(InternViTConfig, InternViTModel, exist_ok=True)
+AutoModel.register(PublishedInternViTConfig, PublishedInternViT, exist_ok=True)
 
 # By name: where this code came with a checkpoint, config classes may be loaded twice.
-_OWN = {
-    EvaClipVisionConfig.model_type: EvaClipVisionModel,
-    InternViTConfig.model_type: InternViTModel,
-}
+_OWN = {EvaClipVisionConfig.model_type: EvaClipVisionModel}
 
 # What transformers, the Hub and safetensors raise for what was named or asked for: no such
 # model, another format, a damaged file, an attention or a library that is not there.
@@ -354,7 +350,8 @@ FAMILIES: dict[str, TowerFamily] = {
         norm_in_output=False,
     ),
     "internvl_vision": TowerFamily(
-        checkpoints="the vision tower of OpenGVLab/InternVL*-hf",
+        checkpoints="OpenGVLab/InternViT-6B-*, InternViT-300M-*, "
+        "the vision tower of OpenGVLab/InternVL*-hf",
         layers="encoder.layer",
         query="attention.q_norm",
         key="attention.k_norm",
@@ -363,6 +360,7 @@ FAMILIES: dict[str, TowerFamily] = {
         final_norm="layernorm",
         norm_in_output=True,
         norm_unless="use_mean_pooling",
+        note="reads InternViT as published; 45 layers of its 48",
     ),
     "aimv2_vision_model": TowerFamily(
         checkpoints="apple/aimv2-large-patch14-native",
@@ -458,17 +456,6 @@ FAMILIES: dict[str, TowerFamily] = {
         text_reading="block",
         note="our own module; reads the published layout as safetensors",
     ),
-    InternViTConfig.model_type: TowerFamily(
-        checkpoints="OpenGVLab/InternViT-6B-*, InternViT-300M-*",
-        layers="encoder.layers",
-        query="attn.q_norm",
-        key="attn.k_norm",
-        positions="embeddings.position_embedding",
-        prefix_tokens=1,
-        final_norm=None,
-        norm_in_output=False,
-        note="our own module; reads the published layout; 45 layers of 48",
-    ),
 }
 """Model type of the vision config -> family."""
 
@@ -558,7 +545,7 @@ def image_size_of(config: PreTrainedConfig) -> int:
 def tower_config(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Config of a checkpoint; published EVA-CLIP and InternViT give those of this package.
+    """Config of a checkpoint; published EVA-CLIP and InternViT give those read here.
 
     Raises:
         UniRefinerError: no such checkpoint, a config that cannot be read, an unknown
@@ -566,7 +553,7 @@ def tower_config(
     """
     with translated(f"{name_or_path} cannot be loaded"):
         published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
-        for kind in (EvaClipVisionConfig, InternViTConfig):
+        for kind in (EvaClipVisionConfig, PublishedInternViTConfig):
             if kind.describes(published):
                 return kind.from_published(published)
         return AutoConfig.from_pretrained(
@@ -722,10 +709,7 @@ def load_tower(
             for key, given, needed in report["mismatched_keys"]
         ),
         "unknown": sorted(
-            key
-            for key in unknown
-            if key.split(".")[0] not in family.other_parts
-            and not _dropped_layer(key, family, vision)
+            key for key in unknown if key.split(".")[0] not in family.other_parts
         ),
     }
     if any(problems.values()):
@@ -770,15 +754,6 @@ def _check_requirements(config: PreTrainedConfig, family: TowerFamily) -> None:
                 f"a {config.model_type} with {field}={getattr(config, field)} is not "
                 f"supported: {reason}."
             )
-
-
-def _dropped_layer(key: str, family: TowerFamily, config: PreTrainedConfig) -> bool:
-    """Whether a weight belongs to a layer that the config says was left out."""
-    published = getattr(config, "published_layers", None)
-    match = re.match(rf"{re.escape(family.layers)}\.(\d+)\.", key)
-    if published is None or match is None:
-        return False
-    return config.num_hidden_layers <= int(match[1]) < published
 
 
 def check_tower(tower: PreTrainedModel) -> None:

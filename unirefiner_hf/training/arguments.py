@@ -19,11 +19,11 @@ PUBLISHED_BATCH = 16
 
 
 @dataclass
-class UniRefinerArguments(
+class UniRefinerArguments(  # type: ignore[misc]
     TrainingOptions,
     DataArguments,
     BackboneArguments,
-    TrainingArguments,  # type: ignore[misc]
+    TrainingArguments,
 ):
     """Arguments of a run: ``UniRefinerArguments("runs/mine", max_steps=75)``.
 
