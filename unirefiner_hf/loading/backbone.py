@@ -224,7 +224,7 @@ def weightless_backbone(
         asked = args.attn_implementation or inner.config._attn_implementation
         _set_attention(tower, _counted(asked))
     framed = UniRefinerModel.from_tower(
-        tower.to(dtype=dtype),
+        tower.to(dtype),  # type: ignore[arg-type]
         register_fill=fill,
         final_norm=takes_final_norm(tower.config) if final_norm is None else final_norm,
         num_register_tokens=num_register_tokens,
