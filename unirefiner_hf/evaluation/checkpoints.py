@@ -243,9 +243,11 @@ def load_checkpoint(
             of one. None: that of where the model was loaded from.
 
     Raises:
-        CheckpointMismatchError: a folder without a model, a name that is neither here nor
-            on the Hub, an object of another kind, or no normalisation.
-        ValueError: an unsupported backbone.
+        CheckpointMismatchError: a folder without a model, or an object of another kind.
+        RunFolderError: the record of a run beside the model cannot be read.
+        BackboneError: no image processor, or one that states no normalisation.
+        UniRefinerError: a name that is neither here nor on the Hub, or an unsupported
+            backbone.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -255,13 +257,7 @@ def load_checkpoint(
         raise _not_a_source(source)
     location, folder, recorded = _locate(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        config = tower_config(location, **options)
-    except OSError as problem:
-        raise CheckpointMismatchError(
-            f"{source} is neither a folder here nor a model to be had from the Hub: "
-            f"{problem}"
-        ) from problem
+    config = tower_config(location, **options)
     method = _method(config, recorded)
     if config.model_type == UniRefinerConfig.model_type:
         model = UniRefinerModel.from_pretrained(location, dtype=dtype)

@@ -14,11 +14,9 @@ from ..modeling.errors import UniRefinerError
 from ..outputs import check_folder, write_whole
 from .arguments import EvaluationArguments
 from .checkpoints import Source, load_checkpoints, measuring, with_borders
-from .depth import DepthSettings
 from .results import Evaluation, write_results
-from .segmentation import SegmentationSettings
+from .settings import DepthSettings, SegmentationSettings, ZeroShotSettings
 from .tasks import TASKS, is_main
-from .zero_shot import ZeroShotSettings
 
 TABLE, REPORT = "table.md", "report.html"
 Protocol: TypeAlias = SegmentationSettings | DepthSettings | ZeroShotSettings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -50,7 +49,6 @@ from ..loading.quantized import check_device
 from ..loading.starter import starter_data
 from ..methods.base import backbone_arguments, check_arguments, load_trainable
 from ..methods.objective import Objective, Surroundings
-from ..methods.registry import method_settings
 from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..outputs import write_json
@@ -72,7 +70,7 @@ from .distributed import (
     lost_contact,
     wait_for_all,
 )
-from .keywords import split_keywords
+from .keywords import settle
 from .record import finished_record, metrics_of, started_record
 
 logger = logging.get_logger(__name__)
@@ -157,7 +155,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         processing_class: BaseImageProcessor | None = None,
         **fields: Any,
     ) -> None:
-        args, settings = _arguments(args, method, fields)
+        args, settings = settle(args, method, fields)
         for name, value in (("model", model), ("train_dataset", train_dataset)):
             if value is None:
                 raise RunError(
@@ -597,28 +595,6 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `HubSync` uploads when the checkpoint is whole."""
-
-
-def _arguments(
-    args: UniRefinerArguments | None,
-    method: str | MethodSettings,
-    fields: dict[str, Any],
-) -> tuple[UniRefinerArguments, MethodSettings]:
-    """Own copies of the arguments and settings, the keywords among them."""
-    own, of_method = split_keywords(method, fields)
-    if args is None:
-        args = UniRefinerArguments(**own)
-    elif not isinstance(args, UniRefinerArguments):
-        raise RunError(
-            f"args is a {type(args).__name__}: give UniRefinerArguments(...), which takes "
-            "the fields of TrainingArguments too."
-        )
-    elif own:
-        name = next(iter(own))
-        raise RunError(
-            f"{name} is given twice: in args and as a keyword. Set it in args."
-        )
-    return copy.copy(args), method_settings(method, of_method)
 
 
 def _open(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
