@@ -41,8 +41,8 @@ from unirefiner_hf.loading.backbone import image_size, takes_final_norm
 from unirefiner_hf.loading.float8 import use_float8
 from unirefiner_hf.methods.base import backbone_arguments, check_arguments
 from unirefiner_hf.methods.objective import LOSSES, Surroundings
+from unirefiner_hf.modeling.families import DUAL_ENCODERS
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import DUAL_ENCODERS
 from unirefiner_hf.training.compiled import compile_layers
 from unirefiner_hf.training.recipe import Recipe, recipe_of_words
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
-from tests.publishing.conftest import make_record
+from tests.export.conftest import make_record
 from unirefiner_hf.loading.adapter import save_adapter
 from unirefiner_hf.loading.backbone import takes_final_norm
 from unirefiner_hf.loading.lora import add_adapter

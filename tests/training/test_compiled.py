@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.refinement.conftest import make_objective
+from tests.methods.conftest import make_objective
 from unirefiner_hf.training.arguments import RefineTrainingArguments
 from unirefiner_hf.training.compiled import compile_layers
 

@@ -23,8 +23,11 @@ from tests.dual_encoders import save_dual_encoder
 from tests.training.conftest import refine
 from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.export.merge import merge
+from unirefiner_hf.export.run_folder import STAGING
 from unirefiner_hf.loading.backbone import BackboneError
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.text_side import load_text_side
+from unirefiner_hf.training import checkpoints
 from unirefiner_hf.training import trainer as trainer_module
 from unirefiner_hf.training.trainer import (
     CheckpointError,
@@ -56,21 +59,21 @@ def adapter(run):
 @pytest.mark.parametrize(
     "frame", [{"register_fill": "learnable"}, {"inference_register_width": 1}]
 )
-def test_plain_distillation_takes_no_frame(arguments, frame):
-    with pytest.raises(BackboneError, match="method plain: it trains without a frame"):
-        refine(*arguments(model=frame, method={"method": "plain"}))
+def test_the_baseline_takes_no_border(arguments, frame):
+    with pytest.raises(UniRefinerError, match="method distillation: it trains without"):
+        refine(*arguments(model=frame, method={"method": "distillation"}))
 
 
-def test_plain_distillation_leaves_a_model_without_a_frame(arguments, tower_folder):
-    run = refine(*arguments(method={"method": "plain"}, max_steps=2))
+def test_the_baseline_leaves_a_model_without_a_border(arguments, tower_folder):
+    run = refine(*arguments(method={"method": "distillation"}, max_steps=2))
     record = json.loads((run / "run.json").read_text())
-    assert record["method"]["name"] == "plain"
+    assert record["method"]["name"] == "distillation"
     assert record["model"]["register_width"] == 0
     assert AutoModel.from_pretrained(run / "merged").config.register_width == 0
     assert "loss_uni" not in record["losses"]
     for folder in (run, run / "checkpoint-2"):
         output = run / f"again-{folder.name}"
-        merged = merge(folder, output, model=str(tower_folder))
+        merged = merge(folder, output, model=str(tower_folder)).folder
         assert AutoModel.from_pretrained(merged).config.register_width == 0
 
 
@@ -151,23 +154,18 @@ def test_a_run_killed_after_its_last_step_trains_no_more(arguments, tmp_path):
 
 KILLED = """
     import json, os, signal, sys
-    from pathlib import Path
-    from unirefiner_hf.refinement.settings import UniRefinerSettings
-    from unirefiner_hf.training import trainer
-    from unirefiner_hf.training.arguments import *
-    from tests.training.conftest import refine
+    from unirefiner_hf import refine
+    from unirefiner_hf.training import checkpoints
 
-    model, data, method, training = json.loads(sys.argv[1])
-    save = trainer.save_tree
+    save = checkpoints.save_tree
 
     def save_and_die(tree, path):
         save(tree, path)
         if "checkpoint-4" in str(path):  # in the middle of writing it
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.save_tree = save_and_die
-    refine(ModelArguments(**model), DataArguments(**data), UniRefinerSettings(**method),
-           RefineTrainingArguments(**training))
+    checkpoints.save_tree = save_and_die
+    refine(**json.loads(sys.argv[1]))
 """
 
 
@@ -176,19 +174,19 @@ def test_kill_9_while_saving_loses_nothing(
 ):
     whole = refine(*arguments(**DEMANDING, output_dir=str(tmp_path / "whole")))
     run = tmp_path / "killed"
-    options = [
-        {"model": str(tower_folder), "image_size": 24},
-        {"data": str(image_folder), "report_images": 2},
-        {"ah_layers": [0, 1]},
-        {
-            **DEMANDING,
-            "output_dir": str(run),
-            "logging_steps": 1,
-            "per_device_train_batch_size": 2,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        },
-    ]
+    options = {
+        **DEMANDING,
+        "model": str(tower_folder),
+        "data": str(image_folder),
+        "image_size": 24,
+        "report_images": 2,
+        "ah_layers": [0, 1],
+        "output_dir": str(run),
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     killed = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(options)],
         capture_output=True,
@@ -200,11 +198,11 @@ def test_kill_9_while_saving_loses_nothing(
     assert losses(again) == losses(whole)
     for name, value in adapter(whole).items():
         assert torch.equal(adapter(again)[name], value), name
-    assert not (run / trainer_module.STAGING).exists()
+    assert not (run / STAGING).exists()
 
 
 def test_ctrl_c_leaves_a_checkpoint(arguments, tmp_path, monkeypatch):
-    compute = trainer_module.RefinementTrainer.compute_loss
+    compute = trainer_module.UniRefinerTrainer.compute_loss
 
     def interrupt(self, *args, **kwargs):
         if self.state.global_step == 2:
@@ -212,7 +210,7 @@ def test_ctrl_c_leaves_a_checkpoint(arguments, tmp_path, monkeypatch):
             time.sleep(0.01)
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module.RefinementTrainer, "compute_loss", interrupt)
+    monkeypatch.setattr(trainer_module.UniRefinerTrainer, "compute_loss", interrupt)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="checkpoint-3.*--resume"):
         refine(*arguments(save_steps=100))
@@ -247,7 +245,7 @@ def test_a_nan_stops_the_run_and_names_the_term(arguments, tmp_path, monkeypatch
 
 def test_a_full_disk_keeps_the_checkpoint_before(arguments, tmp_path, monkeypatch):
     """A real failing write: the process may write no file larger than 40 kB."""
-    save = trainer_module.save_tree
+    save = checkpoints.save_tree
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -256,7 +254,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(arguments, tmp_path, monkeypatc
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         save(tree, path)
 
-    monkeypatch.setattr(trainer_module, "save_tree", small_disk)
+    monkeypatch.setattr(checkpoints, "save_tree", small_disk)
     try:
         with pytest.raises(
             CheckpointError, match=r"checkpoint-4 .*checkpoint-2.*--resume"
@@ -267,8 +265,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(arguments, tmp_path, monkeypatc
         signal.signal(signal.SIGXFSZ, previous)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert "checkpoint-2" in names and "checkpoint-4" not in names
-    assert trainer_module.STAGING not in names
-    monkeypatch.setattr(trainer_module, "save_tree", save)
+    assert STAGING not in names
+    monkeypatch.setattr(checkpoints, "save_tree", save)
     assert (refine(*arguments(resume=True)) / "merged").is_dir()
 
 

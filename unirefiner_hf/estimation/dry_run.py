@@ -35,8 +35,8 @@ from ..methods.objective import (
     Surroundings,
 )
 from ..methods.settings import MethodSettings
+from ..modeling.families import layers_of
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import layers_of
 
 aten = torch.ops.aten
 _FLASH = "_scaled_dot_product_flash_attention"

@@ -80,8 +80,9 @@ def export_refined(
         max_shard_size: such as ``5GB``; a larger model is saved in several files.
 
     Raises:
-        ExportError: `image_size` is not a multiple of the patch size, the folder is not empty, writing failed (a full disk), or `native` is
-            asked of a model with register tokens, which the plain tower has no place for.
+        ExportError: `image_size` is not a multiple of the patch size, the folder is not
+            empty, writing failed (a full disk), or `native` is asked of a model with register
+            tokens, which the bare backbone has no place for.
     """
     if native and model.config.num_register_tokens:
         raise ExportError(

@@ -39,7 +39,6 @@ from ..export.run_folder import (
     last_checkpoint_step,
     read_record,
     read_refiner_state,
-    write_json,
 )
 from ..hub.push import Pushed, push
 from ..hub.sync import HubSync, fetch_last_checkpoint
@@ -52,6 +51,7 @@ from ..methods.base import backbone_arguments, check_arguments, load_trainable
 from ..methods.objective import Objective, Surroundings
 from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..outputs import write_json
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.settings import FilterSettings
 from ..spurious.similarity import gather_tokens
@@ -306,10 +306,10 @@ class UniRefinerTrainer(RefinementCheckpoints):
                     raise
                 raise self._lost(problem) from problem
         if self.graceful_stop.received is not None:
-            step = last_checkpoint_step(self.folder)
+            name = checkpoint_name(last_checkpoint_step(self.folder) or 0)
             raise Interrupted(
-                f"Stopped by {self.graceful_stop.received}; {checkpoint_name(step or 0)} "
-                "was left. Continue with --resume."
+                f"Stopped by {self.graceful_stop.received}; {name} was left. Continue with "
+                "--resume."
             )
         return output
 
@@ -346,9 +346,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         comparison = None
         if self.shown:
             device, mask = self.args.device, self.refiner.channel_mask
-            filters = self.settings
-            if not isinstance(filters, FilterSettings):
-                filters = FilterSettings()
+            given = self.settings
+            filters = given if isinstance(given, FilterSettings) else FilterSettings()
             comparison = compare(
                 model, self.shown, self.reference.to(device), filters, width, mask
             )

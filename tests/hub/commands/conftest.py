@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.export.conftest import save_run  # noqa: F401
 from tests.hub.commands.verbs import ALICE, BOB, REPO, Verbs
 from tests.hub.server import LoopbackHub
-from tests.publishing.conftest import save_run  # noqa: F401
 
 
 @pytest.fixture(scope="session")

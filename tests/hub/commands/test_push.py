@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from tests.dual_encoders import save_dual_run
+from tests.export.conftest import make_record, make_refined, pixels
 from tests.hub.commands.verbs import ALICE, BOB, REPO, refused, succeed
 from tests.hub.conftest import make_hub
-from tests.publishing.conftest import make_record, make_refined, pixels
 from unirefiner_hf.loading.adapter import save_adapter
 from unirefiner_hf.resources import PACKAGE
 

@@ -6,8 +6,9 @@ import torch
 from tests.conftest import FAMILIES, make_tiny_tower
 from unirefiner_hf.methods import losses
 from unirefiner_hf.methods.distillation.objective import Distillation
-from unirefiner_hf.methods.unirefiner.objective import FILTERS, LOSS_TERMS, UniRefiner
+from unirefiner_hf.methods.unirefiner.objective import FILTERS, UniRefiner
 from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 
@@ -46,7 +47,13 @@ def count_passes(objective):
 def test_a_step_gives_every_term_and_trains_only_the_adapter(objective, family):
     step = objective(family)
     out = step(images(), progress=1.0)
-    assert set(out) == {"loss", "theta", "clean_ratio", *LOSS_TERMS, *FILTERS}
+    assert set(out) == {
+        "loss",
+        "theta",
+        "clean_ratio",
+        *UniRefiner.LOSS_TERMS,
+        *FILTERS,
+    }
     assert all(torch.isfinite(value) for value in out.values())
     assert all(0 <= out[name] <= 1 for name in ("clean_ratio", *FILTERS))
     out["loss"].backward()
@@ -227,7 +234,7 @@ def test_targets_of_the_crop_alone_never_saw_the_strip(objective):
     assert not torch.allclose(*losses)
 
 
-@pytest.mark.parametrize("method", ["unirefiner", "plain"])
+@pytest.mark.parametrize("method", ["unirefiner", "distillation"])
 @pytest.mark.parametrize("match", [True, False])
 def test_negatives_are_of_the_image_or_of_the_crop(
     objective, monkeypatch, match, method
@@ -242,14 +249,15 @@ def test_negatives_are_of_the_image_or_of_the_crop(
     monkeypatch.setattr(losses, "refinement_loss", recorded)
     for negatives in (None, "image", "crop"):
         step = objective(match_to_full_image=match, negatives=negatives)
-        if method == "plain":
-            step = Distillation(step.model, step.settings, step.reference)
+        if method == "distillation":
+            step = Distillation(step.model, step.settings)
         torch.manual_seed(2)
         step(images())
     targets, (unset, image, crop) = zip(*seen, strict=True)
     assert targets[0].equal(targets[1]) and targets[0].equal(targets[2])
     assert unset.equal(image if match else crop)
-    full = step.teacher_views(images(), images(batch=6), "left").image
+    with step.teaching():
+        full = step.unit(step.encode(images(), 0))
     assert image.equal(full.repeat_interleave(3, dim=0))
     assert not crop.equal(image)
 
@@ -263,7 +271,7 @@ def test_with_no_clean_token_all_count(objective):
 
 def test_a_tower_without_adapter_is_refused():
     model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
-    with pytest.raises(TypeError, match="adapter"):
+    with pytest.raises(UniRefinerError, match="adapter"):
         UniRefiner(model, UniRefinerSettings(), torch.randn(1, 3, 24, 24))
 
 

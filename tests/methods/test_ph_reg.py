@@ -7,15 +7,16 @@ import torch
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
 from unirefiner_hf.loading.unlocked import UnlockedTower, unlocked_names
 from unirefiner_hf.methods.ph_reg.objective import PHReg
+from unirefiner_hf.methods.ph_reg.settings import PHRegSettings
 from unirefiner_hf.methods.ph_reg.shifted_views import (
     View,
     draw_views,
     make_view,
     mean_over_views,
 )
-from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
+from unirefiner_hf.modeling.errors import UniRefinerError
+from unirefiner_hf.modeling.families import FAMILIES as TABLE
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import FAMILIES as TABLE
 
 TAKING = tuple(f for f in ALL_FAMILIES if TABLE[f].positions is not None)
 REFUSED = tuple(f for f in ALL_FAMILIES if f not in TAKING)
@@ -24,7 +25,7 @@ REFUSED = tuple(f for f in ALL_FAMILIES if f not in TAKING)
 def make(family="dinov2", *, attention=None, **settings):
     """An objective on a tiny tower, its trained weights moved off their start."""
     torch.manual_seed(0)
-    settings = UniRefinerSettings(method="ph_reg", **settings)
+    settings = PHRegSettings(**settings)
     tower = make_tiny_tower(family)
     model = UniRefinerModel.from_tower(
         tower,
@@ -38,7 +39,7 @@ def make(family="dinov2", *, attention=None, **settings):
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     white = torch.tensor([2.0, 3.0, 4.0])
-    return PHReg(model, settings, torch.zeros(1, 3, 24, 24), white=white).train()
+    return PHReg(model, settings, white).train()
 
 
 def test_views_lie_far_apart_and_start_with_the_image():
@@ -209,8 +210,8 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_a_tower_with_an_adapter_is_refused():
     model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
-    with pytest.raises(TypeError, match="UnlockedTower"):
-        PHReg(model, UniRefinerSettings(method="ph_reg"), torch.zeros(1, 3, 24, 24))
+    with pytest.raises(UniRefinerError, match="UnlockedTower"):
+        PHReg(model, PHRegSettings())
 
 
 @pytest.mark.parametrize(
@@ -226,4 +227,4 @@ def test_a_tower_with_an_adapter_is_refused():
 )
 def test_settings_out_of_range_name_the_field(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
-        UniRefinerSettings(method="ph_reg", **{field: value})
+        PHRegSettings(**{field: value})

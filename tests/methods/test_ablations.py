@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.refinement.conftest import make_objective
-from unirefiner_hf.methods.unirefiner.objective import FILTERS, LOSS_TERMS
+from tests.methods.conftest import make_objective
+from unirefiner_hf.methods.unirefiner.objective import FILTERS, UniRefiner
 
-TERMS = set(LOSS_TERMS)
+TERMS = set(UniRefiner.LOSS_TERMS)
 REST = {"theta", "clean_ratio", *FILTERS}
 
 

@@ -1,24 +1,21 @@
 """The control: no frame, no filter, everything else of the objective."""
 
-import dataclasses
-
 import pytest
 import torch
 
-from tests.refinement.conftest import make_objective
+from tests.methods.conftest import make_objective
 from unirefiner_hf.methods.distillation.objective import Distillation
-from unirefiner_hf.methods.settings import PLAIN_FIELDS, UniRefinerSettings
+from unirefiner_hf.methods.distillation.settings import DistillationSettings
+from unirefiner_hf.methods.registry import setting_names
 
 
 @pytest.fixture
 def plain():
-    """A plain objective on the tiny tower, in place of the refining one."""
+    """A baseline objective on the tiny tower, in place of the refining one."""
 
     def make(**settings):
-        other = make_objective(**settings)
-        return Distillation(
-            other.model, other.settings, other.reference, channel_mask=None
-        ).train()
+        model = make_objective().model
+        return Distillation(model, DistillationSettings(**settings)).train()
 
     return make
 
@@ -44,11 +41,11 @@ def test_the_loss_is_the_sum_of_its_terms(plain):
     assert "loss_scd" not in early
 
 
-def test_the_card_tells_every_setting_it_reads(plain):
+def test_every_setting_is_read(plain):
     objective = plain()
     read = set()
 
-    class Watched(UniRefinerSettings):
+    class Watched(DistillationSettings):
         def __getattribute__(self, name):
             read.add(name)
             return super().__getattribute__(name)
@@ -57,8 +54,8 @@ def test_the_card_tells_every_setting_it_reads(plain):
     read.clear()
     objective(torch.randn(1, 3, 24, 24))
     assert objective.looks_for_lazy_channels
-    names = {field.name for field in dataclasses.fields(UniRefinerSettings)}
-    assert read & names == set(PLAIN_FIELDS)
+    names = set(setting_names(DistillationSettings))
+    assert read & names == names
 
 
 def test_no_pass_has_a_frame_or_reads_the_attention(plain, monkeypatch):
@@ -84,20 +81,12 @@ def test_an_unchanged_student_meets_its_teacher(plain):
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
     crop_all = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(2, 3, 4)
-    from unirefiner_hf.methods import distillation as plain_distillation
+    from unirefiner_hf.methods.distillation import objective as module
 
-    original = plain_distillation.views.propose_crops
-    plain_distillation.views.propose_crops = lambda *_: crop_all
+    original = module.views.propose_crops
+    module.views.propose_crops = lambda *_: crop_all
     try:
         outputs = objective(torch.randn(2, 3, 24, 24))
     finally:
-        plain_distillation.views.propose_crops = original
+        module.views.propose_crops = original
     assert outputs["loss"].item() == pytest.approx(-1 / 0.2, abs=1e-3)
-
-
-def test_the_method_is_a_setting():
-    assert UniRefinerSettings().method == "unirefiner"
-    with pytest.raises(
-        ValueError, match="method is 'plane'.*'unirefiner' or 'ph_reg' or 'plain'"
-    ):
-        UniRefinerSettings(method="plane")
