@@ -132,9 +132,7 @@ def dry_step(
     meter = _Meter()
     with _no_cached_tensors(), FakeTensorMode(), meter:
         model._apply(_without_data)
-        reference = torch.empty(1, 3, image_size, image_size)
-        given = Surroundings(reference, register_factor, white=torch.empty(3))
-        objective = settings.objective().build(model, settings, given).train()
+        objective = _built(model, settings, image_size, register_factor).train()
         if checkpointing:
             objective.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -164,6 +162,15 @@ def dry_step(
         base=total - trainable,
         trainable=trainable,
     )
+
+
+def _built(
+    model: UniRefinerModel, settings: MethodSettings, size: int, register_factor: int
+) -> Objective:
+    """The objective; of what surrounds it, it alone keeps what it reads."""
+    reference = torch.empty(1, 3, size, size)
+    given = Surroundings(reference, register_factor, white=torch.empty(3))
+    return settings.objective().build(model, settings, given)
 
 
 def _without_data(tensor: Tensor) -> Tensor:

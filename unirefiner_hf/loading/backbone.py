@@ -210,6 +210,7 @@ def weightless_backbone(
     Raises:
         UniRefinerError: as `load_backbone`, of what the config tells.
     """
+    tower: Any
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         name = backbone_source(model)[1]
@@ -220,7 +221,7 @@ def weightless_backbone(
         fill, final_norm = _settings_of(model, args)
         inner = bare_tower(model)
         with torch.device("meta"):
-            tower = type(inner)(copy.deepcopy(inner.config))  # type: ignore[arg-type]
+            tower = type(inner)(copy.deepcopy(inner.config))
         asked = args.attn_implementation or inner.config._attn_implementation
         _set_attention(tower, _counted(asked))
     framed = UniRefinerModel.from_tower(
