@@ -34,12 +34,17 @@ class ExportError(UniRefinerError, RuntimeError):
 
 
 def is_ours(folder: str | Path) -> bool:
-    """Whether a folder holds a checkpoint that this package wrote, and no run."""
+    """Whether a folder holds a checkpoint that this package wrote, and no run.
+
+    A card alone does not tell: the weights that it names have to be there.
+    """
     readme = Path(folder) / "README.md"
     if not readme.is_file() or is_run(Path(folder)):
         return False
     text = readme.read_text(encoding="utf-8", errors="replace")
-    return METADATA in ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    told = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get(METADATA)
+    weights = told.get("weights") if isinstance(told, dict) else None
+    return bool(weights) and all((Path(folder) / name).is_file() for name in weights)
 
 
 def export_refined(
@@ -80,8 +85,9 @@ def export_refined(
         max_shard_size: such as ``5GB``; a larger model is saved in several files.
 
     Raises:
-        ExportError: `image_size` is not a multiple of the patch size, the folder is not empty, writing failed (a full disk), or `native` is
-            asked of a model with register tokens, which the plain tower has no place for.
+        ExportError: `image_size` is not a multiple of the patch size, the folder is not
+            empty, writing failed (a full disk), or `native` is asked of a model with
+            register tokens, which the plain tower has no place for.
     """
     if native and model.config.num_register_tokens:
         raise ExportError(

@@ -108,6 +108,11 @@ def load_backbone(
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         source, name = backbone_source(model)
+        if args.revision is not None and Path(source).is_dir():
+            raise BackboneError(
+                f"revision is {args.revision!r}, and {name} is a folder: {IN_MEMORY['revision']}. "
+                "Leave it out."
+            )
         tower = _read_tower(model, source, args, dtype)
         text_side = _text_side(args, source)
     else:

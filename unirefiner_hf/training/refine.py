@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..export.run_folder import MERGED, PICTURE
 from ..hub.push import Pushed
 from ..loading.backbone import Model
+from ..methods.registry import method_settings
 from ..methods.settings import MethodSettings
 from ..results import Result, Table
 from .arguments import UniRefinerArguments
@@ -142,7 +143,7 @@ def refine(
         if isinstance(recipe, Recipe):
             recipe = _changed(recipe, method, fields)
         elif isinstance(method, MethodSettings):
-            split_keywords(method, fields)
+            method = method_settings(method, split_keywords(method, fields)[1])
             recipe = load_recipe(recipe, method=method.name, **fields)
         else:
             asked = {} if method is None else {"method": method}
