@@ -43,7 +43,7 @@ def is_ours(folder: str | Path) -> bool:
         return False
     text = readme.read_text(encoding="utf-8", errors="replace")
     told = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get(METADATA)
-    weights = told.get("weights") if isinstance(told, dict) else None
+    weights = (told.get("weights") if isinstance(told, dict) else None) or ()
     return bool(weights) and all((Path(folder) / name).is_file() for name in weights)
 
 

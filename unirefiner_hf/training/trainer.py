@@ -335,10 +335,10 @@ class UniRefinerTrainer(RefinementCheckpoints):
                     raise
                 raise self._lost(problem) from problem
         if self.graceful_stop.received is not None:
-            step = last_checkpoint_step(self.folder)
+            left = checkpoint_name(last_checkpoint_step(self.folder) or 0)
             raise Interrupted(
-                f"Stopped by {self.graceful_stop.received}; {checkpoint_name(step or 0)} "
-                "was left. Continue with --resume."
+                f"Stopped by {self.graceful_stop.received}; {left} was left. "
+                "Continue with --resume."
             )
         return output
 
