@@ -40,7 +40,7 @@ from unirefiner_hf.cli import refine
 from unirefiner_hf.estimation.devices import GPUS
 from unirefiner_hf.estimation.dry_run import dry_step
 from unirefiner_hf.loading.backbone import base_dtype, framed
-from unirefiner_hf.modeling.towers import DUAL_ENCODERS
+from unirefiner_hf.modeling.families import DUAL_ENCODERS
 from unirefiner_hf.training.arguments import ModelArguments
 from unirefiner_hf.training.compiled import compile_layers
 from unirefiner_hf.training.recipe import build_arguments

@@ -12,13 +12,13 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     DINOv3ViTConfig,
+    InternVLVisionConfig,
     MLCDVisionConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
 )
 
 from unirefiner_hf.modeling.configuration_eva_clip import EvaClipVisionConfig
-from unirefiner_hf.modeling.configuration_intern_vit import InternViTConfig
 
 
 def _dinov2(width: int, layers: int, heads: int, **more: Any) -> PreTrainedConfig:
@@ -96,6 +96,14 @@ SHAPES: dict[str, PreTrainedConfig] = {
         patch_size=14,
     ),
     "BAAI/EVA-CLIP-8B-448": EvaClipVisionConfig(image_size=448),
-    "OpenGVLab/InternViT-6B-224px": InternViTConfig(image_size=224),
+    "OpenGVLab/InternViT-6B-224px": InternVLVisionConfig(
+        hidden_size=3200,
+        num_hidden_layers=45,
+        num_attention_heads=25,
+        intermediate_size=12800,
+        image_size=224,
+        norm_type="rms_norm",
+        use_qk_norm=True,
+    ),
 }
 """Hub id -> config of its vision tower."""

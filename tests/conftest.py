@@ -11,9 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from unirefiner_hf.modeling.configuration_eva_clip import EvaClipVisionConfig
-from unirefiner_hf.modeling.configuration_intern_vit import InternViTConfig
 from unirefiner_hf.modeling.modeling_eva_clip import EvaClipVisionModel
-from unirefiner_hf.modeling.modeling_intern_vit import InternViTModel
 from unirefiner_hf.modeling.towers import settle_tower
 
 # One for each kind of tower: what tests outside the contract run over.
@@ -26,7 +24,6 @@ FAMILIES = (
 
 _NATIVE = {
     "unirefiner_eva_clip_vision": (EvaClipVisionConfig, EvaClipVisionModel),
-    "unirefiner_intern_vit": (InternViTConfig, InternViTModel),
 }
 _RATIO: dict[str, Any] = {"mlp_ratio": 2}
 _WIDTH: dict[str, Any] = {"intermediate_size": 64}
@@ -71,7 +68,6 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "radio": ("RadioConfig", "RadioModel", {"mlp_ratio": 2.0, "max_img_size": 32}),
     "pixio": ("PixioConfig", "PixioModel", _RATIO),
     "unirefiner_eva_clip_vision": ("", "", _WIDTH),
-    "unirefiner_intern_vit": ("", "", {**_WIDTH, "initializer_factor": 1.0}),
 }
 ALL_FAMILIES = tuple(_TINY)
 

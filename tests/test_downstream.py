@@ -18,7 +18,7 @@ KINDS = (
     "siglip_vision_model",
     "siglip2_vision_model",
     "unirefiner_eva_clip_vision",
-    "unirefiner_intern_vit",
+    "internvl_vision",
 )
 UNSEEN = ((7, 9), (12, 4), (4, 4))
 

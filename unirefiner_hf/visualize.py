@@ -10,8 +10,22 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .modeling.errors import UniRefinerError
+
 FPGP_COLOUR = (230, 60, 50)
 AH_COLOUR = (40, 120, 230)
+SPURIOUS_KEY = (
+    (FPGP_COLOUR, "fixed pattern or global proxy (FP-GP)"),
+    (AH_COLOUR, "attention hijackee (AH)"),
+)
+"""What the two colours stand for."""
+_VIRIDIS = (
+    (68, 1, 84),
+    (59, 82, 139),
+    (33, 145, 140),
+    (94, 201, 98),
+    (253, 231, 37),
+)
 _INK, _PAPER, _MARGIN, _TITLE = (30, 30, 30), (255, 255, 255), 12, 26
 
 
@@ -41,11 +55,11 @@ def fit_pca(tokens: Tensor) -> PcaBasis:
         tokens: ``(..., channels)``, at least 4 tokens.
 
     Raises:
-        ValueError: too few tokens or channels for three components.
+        UniRefinerError: too few tokens or channels for three components.
     """
     flat = tokens.detach().reshape(-1, tokens.shape[-1]).float()
     if flat.shape[0] < 4 or flat.shape[1] < 3:
-        raise ValueError(
+        raise UniRefinerError(
             f"Three components need at least 4 tokens of 3 channels; got {tuple(flat.shape)}."
         )
     mean = flat.mean(dim=0)
@@ -75,10 +89,10 @@ def pca_rgb(
         ``(batch, rows, columns, 3)`` uint8.
 
     Raises:
-        ValueError: the tokens do not fill the grid.
+        UniRefinerError: the tokens do not fill the grid.
     """
     if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
+        raise UniRefinerError(
             f"Tokens {tuple(tokens.shape)} do not fill a grid of {grid[0]}x{grid[1]}."
         )
     basis = basis or fit_pca(tokens)
@@ -88,16 +102,29 @@ def pca_rgb(
     return colours.unflatten(1, grid).cpu().numpy()
 
 
+def scale_rgb(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values to colours from dark blue (`low` and below) to yellow (`high` and above).
+
+    Returns:
+        uint8 of the values' shape with 3 colours at the end.
+    """
+    share = (values - low) / max(high - low, 1e-12)
+    stops = np.linspace(0, 1, len(_VIRIDIS))
+    parts = [np.interp(share, stops, part) for part in zip(*_VIRIDIS, strict=True)]
+    return np.stack(parts, axis=-1).round().astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class FigureRow:
     """One image of a before/after picture.
 
     Attributes:
         image: ``(height, width, 3)`` uint8.
-        before: ``(patches, channels)`` tokens of the bare tower.
-        after: ``(framed patches, channels)`` tokens of the refined tower, with the frame.
+        before: ``(patches, channels)`` tokens of the bare backbone.
+        after: ``(all patches, channels)`` tokens of the refined model, those of its border
+            of register patches among them.
         grid: rows and columns of the image in patches.
-        register_width: frame of `after` in patches.
+        register_width: border of `after` in patches.
         fpgp_before, ah_before, fpgp_after, ah_after: ``(patches,)`` bool, the spurious
             tokens of each kind.
     """
@@ -117,19 +144,18 @@ def before_after_figure(rows: Sequence[FigureRow], cell: int = 224) -> Image.Ima
     """A picture with a row an image: image, PCA before, PCA after, spurious tokens.
 
     Both PCA maps of a row share one basis, fitted on the image's tokens before and after,
-    each around its own mean;
-    the refined map shows the frame, outside the white line. `cell` is a column's width in
-    pixels.
+    each around its own mean; the refined map shows the border of register patches, outside
+    the white line. `cell` is a column's width in pixels.
 
     Raises:
-        ValueError: no rows.
+        UniRefinerError: no rows.
     """
     if not rows:
-        raise ValueError("A before/after picture needs at least one image.")
+        raise UniRefinerError("A before/after picture needs at least one image.")
     titles = (
         "image",
         "PCA, base",
-        "PCA, refined, with frame",
+        "PCA, refined, with border",
         "spurious, base",
         "spurious, refined",
     )
@@ -177,8 +203,8 @@ def _row_cells(row: FigureRow, cell: int) -> list[Image.Image]:
         image,
         before,
         after,
-        _spurious_map(image, row.fpgp_before, row.ah_before, row.grid),
-        _spurious_map(image, row.fpgp_after, row.ah_after, row.grid),
+        spurious_map(image, row.fpgp_before, row.ah_before, row.grid),
+        spurious_map(image, row.fpgp_after, row.ah_after, row.grid),
     ]
 
 
@@ -186,9 +212,15 @@ def _enlarge(pixels: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-def _spurious_map(
+def spurious_map(
     image: Image.Image, fpgp: Tensor, ah: Tensor, grid: tuple[int, int]
 ) -> Image.Image:
+    """The image in grey, its spurious tokens in `FPGP_COLOUR` and `AH_COLOUR`.
+
+    Args:
+        fpgp, ah: ``(patches,)`` bool in raster order, on the CPU.
+        grid: rows and columns of patches.
+    """
     colours = np.zeros((*grid, 4), dtype=np.uint8)
     colours[fpgp.view(grid).numpy()] = (*FPGP_COLOUR, 190)
     colours[ah.view(grid).numpy()] = (*AH_COLOUR, 190)
@@ -210,11 +242,8 @@ def _legend(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     x = _MARGIN
-    for colour, text in (
-        (FPGP_COLOUR, "fixed pattern or global proxy (FP-GP)"),
-        (AH_COLOUR, "attention hijackee (AH)"),
-    ):
+    for colour, text in SPURIOUS_KEY:
         draw.rectangle((x, y + 3, x + 12, y + 15), fill=colour)
         draw.text((x + 18, y), text, fill=_INK, font=font)
         x += 36 + int(draw.textlength(text, font=font))
-    draw.text((x, y), "both measured by the base's limits", fill=_INK, font=font)
+    draw.text((x, y), "by the base's reference thresholds", fill=_INK, font=font)

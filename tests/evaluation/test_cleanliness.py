@@ -1,4 +1,4 @@
-"""Each measure on tokens whose dirt is known, and the verb."""
+"""Each measure on tokens whose artifacts are known, and `diagnose`."""
 
 import json
 
@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from tests.evaluation.conftest import save_pairs
 from unirefiner_hf.cli import main
 from unirefiner_hf.data.images import list_images, load_rgb
-from unirefiner_hf.data.labelled import class_labels, open_pairs
+from unirefiner_hf.data.labelled import LabelError, class_labels, open_pairs
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.cleanliness import (
     LOWER_IS_CLEANER,
@@ -20,6 +21,9 @@ from unirefiner_hf.evaluation.cleanliness import (
     positional_variance,
     shift_residual,
 )
+from unirefiner_hf.evaluation.diagnose import diagnose
+from unirefiner_hf.evaluation.inputs import InputError
+from unirefiner_hf.modeling.errors import UniRefinerError
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +93,14 @@ def test_every_measure_of_a_tower(tiny, scenes):
     assert set(found.values) == {m for m in LOWER_IS_CLEANER if "knn" not in m}
     assert all(torch.isfinite(torch.tensor(v)) for v in found.values.values())
     patches = found.grid[0] * found.grid[1]
-    assert {tuple(s.shape) for s in found.token_scores.values()} == {(8, patches)}
-    assert found.spurious.float().mean().item() == pytest.approx(
-        found.values["spurious"]
-    )
+    assert found.fpgp.shape == found.ah.shape == (8, patches)
+    spurious = (found.fpgp | found.ah).float().mean().item()
+    assert spurious == pytest.approx(found.values["spurious"])
     again = measure_cleanliness(tiny, images, 24, base=found)
     assert again.values == pytest.approx(found.values)
-    with pytest.raises(ValueError, match="measured on 8 images, these are 7"):
+    with pytest.raises(UniRefinerError, match="measured on 8 images, these are 7"):
         measure_cleanliness(tiny, images[:7], 24, base=found)
-    with pytest.raises(ValueError, match="1 image is too few"):
+    with pytest.raises(UniRefinerError, match="1 image is too few"):
         measure_cleanliness(tiny, images[:1], 24)
 
 
@@ -107,17 +110,86 @@ def test_knn_finds_colours(tiny, scenes):
     assert found["knn_accuracy"] > 0.5 and found["knn_iou"] > 0.4
 
 
-def test_the_verb(tower_folder, scenes, tmp_path, capsys):
+# `diagnose` and its command
+
+
+def test_diagnose_as_the_measures_say(tower_folder, refined, photos, photo_set):
+    found = diagnose([tower_folder, refined], photos, size=24)
+    base, other = (load_checkpoint(path) for path in (tower_folder, refined))
+    images = [load_rgb(path) for path in sorted(photos.rglob("*.png"))]
+    expected = measure_cleanliness(base, images, 24)
+    by_base = measure_cleanliness(other, images, 24, base=expected).values
+    assert found.checkpoints[base.name] == pytest.approx(expected.values)
+    assert found.checkpoints[other.name] == pytest.approx(by_base)
+    again = diagnose([base, other], photo_set, size=24, own_thresholds=True)
+    own = measure_cleanliness(other, images, 24).values
+    assert again.checkpoints[other.name] == pytest.approx(own) and own != by_base
+    assert again.to_dict()["thresholds"] == "own" and found.own_thresholds is False
+
+
+def test_diagnoses_print_and_save(tower_folder, refined, photos, tmp_path):
+    found = diagnose([tower_folder, refined], photos, size=22, max_images=6)
+    text = str(found)
+    assert "5 images at 24 px; spurious tokens by the base's reference" in text
+    assert "Left out broken.jpg: not an image" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines[0].split("|")[1:-1][0].strip() == "measure" and len(lines) == 11
+    content = json.loads(json.dumps(found.to_dict()))
+    assert (content["images"], content["size"]) == (5, 24)
+    assert list(content["skipped"]) == ["broken.jpg"]
+    page = found.save_html(tmp_path / "page.html").read_text()
+    assert page.count("<img") == 2 * 4 * 3 and "attention hijackee (AH)" in page
+
+
+def test_what_diagnose_refuses(tower_folder, photos, photo_set, scenes, monkeypatch):
+    monkeypatch.setattr("unirefiner_hf.evaluation.checkpoints.load_tower", None)
+    with pytest.raises(InputError, match="1 image is too few"):
+        diagnose(tower_folder, photos, max_images=1)
+    with pytest.raises(UniRefinerError, match="size is 0; it must be 1 or more"):
+        diagnose(tower_folder, photos, size=0)
+    labels = scenes / "train" / "labels"
+    with pytest.raises(LabelError, match="labels needs num_classes"):
+        diagnose(tower_folder, scenes / "train" / "images", labels=labels)
+    with pytest.raises(LabelError, match="labels go with a folder"):
+        diagnose(tower_folder, photo_set, labels=labels, num_classes=3)
+    with pytest.raises(LabelError, match="num_classes is of labels"):
+        diagnose(tower_folder, photos, num_classes=3)
+
+
+def test_labels_of_unreadable_images_are_left_out(tower_folder, tmp_path):
+    folder = save_pairs(tmp_path, 4)
+    (folder / "images" / "1.png").write_text("no image")
+    found = diagnose(
+        tower_folder,
+        folder / "images",
+        size=24,
+        labels=folder / "labels",
+        num_classes=3,
+    )
+    (values,) = found.checkpoints.values()
+    assert found.images == 3 and "knn_iou" in values
+    (folder / "images" / "2.bmp").write_bytes((folder / "images/2.png").read_bytes())
+    with pytest.raises(LabelError, match="2.* has the same name but its ending"):
+        diagnose(
+            tower_folder, folder / "images", labels=folder / "labels", num_classes=3
+        )
+
+
+def test_the_command(tower_folder, scenes, tmp_path, capsys):
     folder = scenes / "train"
     words = ["diagnose", str(tower_folder), "--images", str(folder / "images")]
-    words += ["--size", "24", "--max_images", "4", "--json", str(tmp_path / "out.json")]
+    words += ["--size", "24", "--max_images", "4", "--own_yardstick"]
+    words += ["--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "a.html")]
     labels = ["--labels", str(folder / "labels")]
     assert main([*words, *labels, "--num_classes", "3"]) == 0
     out = capsys.readouterr().out
-    assert all(f"| {name} |" in out for name in LOWER_IS_CLEANER)
-    assert "4 images at 24 px" in out
+    assert all(f"| {name} " in out for name in LOWER_IS_CLEANER)
+    assert "4 images at 24 px" in out and "each model's own thresholds" in out
     content = json.loads((tmp_path / "out.json").read_text())
     (values,) = content["checkpoints"].values()
     assert set(values) == set(LOWER_IS_CLEANER)
+    assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
     assert main([*words, *labels]) == 2
-    assert "--labels needs --num_classes" in capsys.readouterr().err
+    assert "labels needs num_classes" in capsys.readouterr().err
+    assert main([*words, "--json", str(tmp_path / "no/where.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

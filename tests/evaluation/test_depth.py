@@ -11,12 +11,13 @@ from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.depth import (
     DepthHead,
     DepthSettings,
-    _measure,
+    _cropped,
     depth_features,
     evaluate_depth,
     read_depth,
     sig_loss,
 )
+from unirefiner_hf.evaluation.metrics import depth_errors
 
 TINY = {
     "depth_crop_height": 16,
@@ -91,14 +92,13 @@ def test_features_put_the_pooled_token_beside_each_patch(tiny):
 
 def test_eigen_crop():
     settings = DepthSettings()
-    depth = torch.full((480, 640), 2.0)
-    guess = torch.full((480, 640), 9.0)
-    guess[45:471, 41:601] = 2.0
-    assert _measure(guess, depth, settings).rmse == 0
-    assert _measure(guess, depth, settings).pixels == 426 * 560
+    maps = torch.full((480, 640), 9.0), torch.full((480, 640), 2.0)
+    maps[0][45:471, 41:601] = 2.0
+    errors = depth_errors(*_cropped(*maps, settings))
+    assert (errors.rmse, errors.pixels) == (0, 426 * 560)
     whole = DepthSettings(depth_eigen_crop=False)
-    assert _measure(guess, depth, whole).rmse > 1
-    assert _measure(guess[:400], depth[:400], settings).rmse > 1
+    assert depth_errors(*_cropped(*maps, whole)).rmse > 1
+    assert depth_errors(*_cropped(maps[0][:400], maps[1][:400], settings)).rmse > 1
 
 
 def test_a_probe_learns_brightness(tiny, rooms):
@@ -109,6 +109,9 @@ def test_a_probe_learns_brightness(tiny, rooms):
     # The best constant, 4 m in the sense of logs, is about 3 m off.
     assert (result.per_image("rmse").mean(axis=1) < 2.3).all()
     pooled = result.pooled_rmse()
+    for name in ("rmse", "absrel", "delta1"):
+        means = result.per_image(name).mean(axis=1).tolist()
+        assert [scores[name] for scores in result.scores] == means
     squares = result.per_image("rmse") ** 2
     assert pooled == pytest.approx(np.sqrt(squares.mean(axis=1)))
 

@@ -1,30 +1,38 @@
 """Two processes count, train and measure as one."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from tests.distributed.conftest import free_port
-from unirefiner_hf.evaluation.metrics import ConfusionMatrix
+from unirefiner_hf.evaluation.segmentation import Validation
 
-PREDICTIONS = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 2]])
-LABELS = torch.tensor([[0, 1, 1, 255], [1, 0, 0, 2]])
+PREDICTIONS = torch.tensor([[[0, 1, 2, 2]], [[1, 1, 0, 2]]])
+LABELS = np.array([[[0, 1, 1, 255]], [[1, 0, 0, 2]]])
 
 
 def count(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    confusion = ConfusionMatrix(3)
-    confusion.update(PREDICTIONS[rank], LABELS[rank])
-    confusion.all_reduce()
-    torch.save(confusion.matrix, f"{folder}/{rank}.pt")
+    scores, areas, shown = counted([rank])
+    found = {**dataclasses.asdict(scores), "areas": areas, "shown": np.stack(shown)}
+    np.savez(f"{folder}/{rank}.npz", **found)
     dist.destroy_process_group()
+
+
+def counted(numbers):
+    validation = Validation(3, pictures=2)
+    for number in numbers:
+        validation.count(number, PREDICTIONS[number], LABELS[number])
+    return validation.finish()
 
 
 def test_evaluate_under_a_launcher(tower_folder, scenes, tmp_path):
@@ -53,7 +61,10 @@ def test_evaluate_under_a_launcher(tower_folder, scenes, tmp_path):
 
 def test_two_processes_count_as_one(tmp_path):
     multiprocessing.spawn(count, args=(str(tmp_path),), nprocs=2)
-    whole = ConfusionMatrix(3)
-    whole.update(PREDICTIONS, LABELS)
+    scores, areas, shown = counted([0, 1])
     for rank in (0, 1):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), whole.matrix)
+        found = np.load(tmp_path / f"{rank}.npz")
+        for name, value in dataclasses.asdict(scores).items():
+            np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(found["areas"], areas)
+        np.testing.assert_array_equal(found["shown"], np.stack(shown))

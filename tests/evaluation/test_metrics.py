@@ -6,13 +6,15 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from unirefiner_hf.evaluation.metrics import (
-    ConfusionMatrix,
+    class_areas,
     depth_errors,
+    depth_scores,
     mean_iou_statistic,
     mean_statistic,
     paired_bootstrap,
     scores_of,
 )
+from unirefiner_hf.modeling.errors import UniRefinerError
 
 CLASSES = 6
 
@@ -29,13 +31,13 @@ def random_pairs(count=5, seed=0):
         yield prediction, label
 
 
-def count_all(pairs):
-    confusion = ConfusionMatrix(CLASSES)
+def areas_of(pairs):
+    """``(images, classes, 3)``."""
     areas = [
-        confusion.update(torch.from_numpy(p), torch.from_numpy(x)).numpy()
+        class_areas(torch.from_numpy(p), torch.from_numpy(x), CLASSES).numpy()
         for p, x in pairs
     ]
-    return confusion, np.stack(areas)
+    return np.stack(areas)
 
 
 def mean_iou_by_histograms(pairs):
@@ -55,8 +57,7 @@ def mean_iou_by_histograms(pairs):
 
 
 def test_scores_are_those_of_mean_iou():
-    confusion, _ = count_all(random_pairs())
-    scores = confusion.scores()
+    scores = scores_of(areas_of(random_pairs()).sum(axis=0))
     iou, accuracy, overall = mean_iou_by_histograms(list(random_pairs()))
     np.testing.assert_allclose(scores.iou, iou)
     np.testing.assert_allclose(scores.accuracy, accuracy)
@@ -67,32 +68,37 @@ def test_scores_are_those_of_mean_iou():
     assert scores.overall_accuracy == pytest.approx(overall)
 
 
-def test_matrix_is_sklearns():
-    confusion, _ = count_all(random_pairs())
+def test_areas_are_sklearns():
+    areas = areas_of(random_pairs()).sum(axis=0)
     pairs = list(random_pairs())
     label = np.concatenate([x.ravel() for _, x in pairs])
     prediction = np.concatenate([p.ravel() for p, _ in pairs])
     kept = label != 255
-    expected = confusion_matrix(label[kept], prediction[kept], labels=range(CLASSES))
-    np.testing.assert_array_equal(confusion.matrix.numpy(), expected)
+    matrix = confusion_matrix(label[kept], prediction[kept], labels=range(CLASSES))
+    expected = np.stack((matrix.diagonal(), matrix.sum(0), matrix.sum(1)), axis=1)
+    np.testing.assert_array_equal(areas, expected)
 
 
 def test_areas_of_images_sum_to_the_scores():
-    confusion, areas = count_all(random_pairs())
-    assert scores_of(areas.sum(0)).mean_iou == confusion.scores().mean_iou
+    areas = areas_of(random_pairs())
     statistic = mean_iou_statistic(areas[None])
     ones = np.ones((1, len(areas)))
-    assert statistic(ones)[0] == pytest.approx(confusion.scores().mean_iou)
+    assert statistic(ones)[0] == pytest.approx(scores_of(areas.sum(axis=0)).mean_iou)
 
 
 def test_values_out_of_range_are_named():
-    confusion = ConfusionMatrix(3)
-    with pytest.raises(ValueError, match="A label is 7; there are 3 classes"):
-        confusion.update(torch.zeros(2, 2), torch.full((2, 2), 7))
-    with pytest.raises(ValueError, match="A prediction is 3"):
-        confusion.update(torch.full((2, 2), 3), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"\(2, 2\), the label \(2, 3\)"):
-        confusion.update(torch.zeros(2, 2), torch.zeros(2, 3))
+    zeros = torch.zeros(2, 2, dtype=torch.long)
+    for prediction, label, message in (
+        (zeros, zeros + 7, "A label is 7; there are 3 classes, 0 to 2, and 255"),
+        (zeros + 3, zeros, "A prediction is 3"),
+        (zeros - 1, zeros, "A prediction is -1"),
+        (zeros, zeros[:, :1], r"\(2, 2\), the label \(2, 1\)"),
+        (zeros + 0.5, zeros, "The prediction is torch.float32"),
+    ):
+        with pytest.raises(UniRefinerError, match=message):
+            class_areas(prediction, label, 3)
+    ignored = class_areas(zeros - 100, zeros + 255, 3)
+    assert not ignored.any()
 
 
 def test_bootstrap_is_paired():
@@ -118,5 +124,18 @@ def test_depth_errors():
     assert errors.rmse == pytest.approx(((0.01 + 1.0) / 3) ** 0.5, rel=1e-5)
     assert errors.absrel == pytest.approx((0.1 + 0.5) / 3, rel=1e-5)
     assert errors.delta1 == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="No pixel"):
+    with pytest.raises(UniRefinerError, match=r"No pixel has a depth in \(0.001, 10"):
         depth_errors(guess, torch.full((2, 2), 11.0))
+    with pytest.raises(UniRefinerError, match=r"\(2, 2\), the depth \(1, 2\)"):
+        depth_errors(guess, depth[:1])
+    with pytest.raises(UniRefinerError, match="1 of 3 predicted depths are nan"):
+        depth_errors(torch.tensor([[1.1, torch.nan], [4.0, torch.nan]]), depth)
+
+
+def test_depth_scores():
+    """Means of images, and of an image with three times the pixels only where pooled."""
+    small = depth_errors(torch.tensor([[3.0]]), torch.tensor([[1.0]]))
+    large = depth_errors(torch.full((1, 3), 2.0), torch.full((1, 3), 2.0))
+    scores = depth_scores([small, large])
+    assert scores == {"rmse": 1.0, "absrel": 1.0, "delta1": 0.5, "rmse_pooled": 1.0}
+    assert depth_scores([small, large, large])["rmse_pooled"] == (4 / 7) ** 0.5

@@ -1,15 +1,12 @@
 """The probe end to end on tiny scenes, its parts, and what it refuses."""
 
-import json
-
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.evaluation.conftest import save_pairs
-from tests.training.conftest import save_tiny_tower
+from tests.evaluation.conftest import save_pairs, save_refined
 from unirefiner_hf.cli import main
 from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.data.labelled import (
@@ -24,12 +21,7 @@ from unirefiner_hf.evaluation.augment import (
     resize_labels,
     training_crop,
 )
-from unirefiner_hf.evaluation.checkpoints import (
-    CheckpointMismatchError,
-    check_same_tower,
-    load_checkpoint,
-)
-from unirefiner_hf.evaluation.results import read_results
+from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
     cache_tokens,
@@ -38,7 +30,7 @@ from unirefiner_hf.evaluation.segmentation import (
     sliding_scores,
     window_starts,
 )
-from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
+from unirefiner_hf.export.run_folder import read_evaluation
 
 FAST = {"fast": True, "crop": 24, "fast_iterations": 60, "probe_lr": 0.05}
 FULL = {"crop": 16, "stride": 8, "iterations": 40, "batch": 4, "probe_lr": 0.05}
@@ -248,44 +240,7 @@ def test_published_layouts(tmp_path):
     assert (pairs.pair(0)[1] == 7).all()
 
 
-# Checkpoints and the verb
-
-
-def test_another_tower_is_refused(tmp_path, tower_folder, tiny):
-    other = save_tiny_tower(tmp_path / "clip", "clip_vision_model")
-    with pytest.raises(CheckpointMismatchError, match="its model_type is clip"):
-        check_same_tower(tiny, load_checkpoint(str(other)))
-    torch.manual_seed(7)
-    model = UniRefinerModel.from_pretrained(save_refined(tmp_path / "r", tower_folder))
-    embedding = model.get_input_embeddings()
-    with torch.no_grad():
-        for parameter in embedding.parameters():
-            parameter.normal_()
-    model.save_pretrained(tmp_path / "r")
-    with pytest.raises(CheckpointMismatchError, match="cosine of their patch"):
-        check_same_tower(tiny, load_checkpoint(str(tmp_path / "r")))
-    with pytest.raises(CheckpointMismatchError, match="holds no model"):
-        load_checkpoint(str(tmp_path))
-    with pytest.raises(CheckpointMismatchError, match="no such folder"):
-        load_checkpoint("./nowhere")
-
-
-def save_refined(folder, tower_folder, method=None, noise=0.0):
-    """A framed checkpoint of the tiny tower, in a run's folder if a method is named."""
-    merged = folder / "merged" if method else folder
-    model = UniRefinerModel.from_tower(
-        str(tower_folder), register_width=0 if method == "plain" else 1
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layer" in name and noise:
-                parameter += noise * torch.randn_like(parameter)
-    model.save_pretrained(merged)
-    source = tower_folder / "preprocessor_config.json"
-    (merged / "preprocessor_config.json").write_text(source.read_text())
-    if method:
-        (folder / "run.json").write_text(json.dumps({"method": {"name": method}}))
-    return merged
+# The command
 
 
 def test_evaluate_prints_one_table_and_leaves_results(
@@ -311,7 +266,7 @@ def test_evaluate_prints_one_table_and_leaves_results(
     assert "Missing control" not in out
     assert "refined against self-distillation baseline" in out
 
-    (entry, second) = read_results(tmp_path / "mine" / "merged" / "evaluation.json")
+    (entry, second) = read_evaluation(tmp_path / "mine" / "merged" / "evaluation.json")
     assert (entry["metric"], second["metric"]) == ("mean_iou", "mean_accuracy")
     assert (entry["dataset"], entry["split"], entry["n"]) == ("Tiny", "val", 4)
     assert (entry["seeds"], entry["unit"]) == (3, "%")
@@ -328,36 +283,9 @@ def test_evaluate_prints_one_table_and_leaves_results(
 
     # Measuring again replaces, another protocol adds.
     assert main([*words, "--pictures", "0"]) == 0
-    assert len(read_results(tmp_path / "mine" / "merged" / "evaluation.json")) == 2
+    assert len(read_evaluation(tmp_path / "mine" / "merged" / "evaluation.json")) == 2
     assert main([*words, "--fast_iterations", "16", "--pictures", "0"]) == 0
-    assert len(read_results(tmp_path / "mine" / "merged" / "evaluation.json")) == 4
-
-
-def test_methods_of_checkpoints(tower_folder, tmp_path):
-    bare = save_refined(tmp_path / "bare", tower_folder)
-    other = save_refined(tmp_path / "run", tower_folder, "ph_reg")
-    plain = save_refined(tmp_path / "control", tower_folder, "plain")
-    found = [
-        load_checkpoint(str(p))
-        for p in (tower_folder, bare, other.parent, other, plain)
-    ]
-    assert [c.method for c in found] == [
-        None,
-        "unirefiner",
-        "ph_reg",
-        "ph_reg",
-        "distillation",
-    ]
-    names = [
-        tower_folder.name,
-        "bare",
-        "PH-Reg",
-        "PH-Reg",
-        "self-distillation baseline",
-    ]
-    assert [c.name for c in found] == names
-    assert [c.needs_controls for c in found] == [False, True, True, True, False]
-    assert [c.register_width for c in found] == [0, 1, 1, 1, 0]
+    assert len(read_evaluation(tmp_path / "mine" / "merged" / "evaluation.json")) == 4
 
 
 def test_a_missing_control_is_said(tower_folder, scenes, tmp_path, capsys):

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+import unirefiner_hf
 from tests.conftest import make_tiny_tower
 from unirefiner_hf.loading.adapter import save_adapter
 from unirefiner_hf.loading.lora import add_adapter
@@ -75,7 +76,7 @@ RECORD: dict[str, Any] = {
     },
     "finished": True,
 }
-"""What `unirefiner_hf.training.run` writes; the numbers are made up."""
+"""What version 0.1.0 wrote; the numbers are made up."""
 
 
 def make_record(**changes: Any) -> dict[str, Any]:
@@ -110,6 +111,11 @@ def make_refined(family: str, *, seed: int = 0, **options: Any) -> UniRefinerMod
             if "lora_" in name or name == "register_patch":
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def merge(*given: Any, **options: Any) -> Path:
+    """`unirefiner_hf.merge`, as far as the folder."""
+    return unirefiner_hf.merge(*given, **options).folder
 
 
 def pixels(grid: tuple[int, int] = (6, 5)) -> torch.Tensor:

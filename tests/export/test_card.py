@@ -10,11 +10,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tests.export.conftest import make_record
+from tests.export.conftest import make_record, merge
 from tests.hub.card_rules import validate_card
 from unirefiner_hf.export.card import card_from_record, render_card
-from unirefiner_hf.export.merge import merge
-from unirefiner_hf.modeling.towers import FAMILIES
+from unirefiner_hf.modeling.families import FAMILIES
 from unirefiner_hf.resources import PACKAGE, resource_folder
 
 TOKEN = "hf_PlantedTokenThatMustNotAppear"

@@ -84,7 +84,6 @@ NO_NORM = {
     "internvl_vision",
     "beit",
     "radio",
-    "unirefiner_intern_vit",
 }
 
 
@@ -702,7 +701,7 @@ def test_input_gradient_hook_for_reentrant_checkpointing(family):
 COMPILED = ("dinov2", "clip_vision_model", "unirefiner_eva_clip_vision")
 
 
-@pytest.mark.parametrize("family", [*COMPILED, "unirefiner_intern_vit", "dinov3_vit"])
+@pytest.mark.parametrize("family", [*COMPILED, "internvl_vision", "dinov3_vit"])
 def test_compiles_without_a_graph_break(family):
     model = make_model(family)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -28,7 +28,7 @@ FAMILIES = (
     "siglip_vision_model",
     "dinov3_vit",
     "unirefiner_eva_clip_vision",
-    "unirefiner_intern_vit",
+    "internvl_vision",
 )
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 

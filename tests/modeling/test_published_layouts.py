@@ -1,4 +1,4 @@
-"""Published EVA-CLIP and InternViT folders, read against a plain reading of each."""
+"""Published EVA-CLIP and InternViT folders, read against the published architectures."""
 
 import json
 import re
@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional
+from transformers import AutoModel, InternVLVisionConfig, InternVLVisionModel
 
-from unirefiner_hf import UniRefinerModel
+from unirefiner_hf import UniRefinerBackbone, UniRefinerModel
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.towers import load_tower, tower_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -247,43 +249,86 @@ def intern_weights(config):
     return draw(shapes)
 
 
-def plain_intern(pixels, weights, layers):
-    tokens = plain_patches(pixels, weights, weights["embeddings.position_embedding"])
+def intern_norm(tokens, weights, name):
+    """Norm as published: LayerNorm, or root mean square in float32."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    if bias is not None:
+        return functional.layer_norm(tokens, (HIDDEN,), weight, bias, 1e-6)
+    wide = tokens.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def intern_positions(weights, grid):
+    """Positions of a grid in patches, resized bicubically as published."""
+    table = weights["embeddings.position_embedding"]
+    patches = table[:, 1:].reshape(1, GRID, GRID, -1).permute(0, 3, 1, 2)
+    patches = functional.interpolate(
+        patches.float(), size=grid, mode="bicubic", align_corners=False
+    )
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def published_intern(pixels, weights, layers):
+    """InternViT as published, queries, keys and values packed: `InternVisionModel`.
+
+    Operations in the order of transformers' `InternVLVisionModel`, so that the same
+    numbers come out to the last bit.
+    """
+    patches = functional.conv2d(
+        pixels,
+        weights["embeddings.patch_embedding.weight"],
+        weights["embeddings.patch_embedding.bias"],
+        stride=4,
+    )
+    grid = tuple(patches.shape[2:])
+    start = weights["embeddings.class_embedding"].expand(len(pixels), -1, -1)
+    tokens = torch.cat([start, patches.flatten(2).transpose(1, 2)], dim=1)
+    tokens = tokens + intern_positions(weights, grid)
     for i in range(layers):
         at = f"encoder.layers.{i}"
-        inputs = plain_norm(tokens, weights, f"{at}.norm1")
+        inputs = intern_norm(tokens, weights, f"{at}.norm1")
         packed = plain_linear(inputs, weights, f"{at}.attn.qkv")
-        query, key, value = packed.split(HIDDEN, dim=-1)
+        query, key, value = packed.chunk(3, dim=-1)
         if f"{at}.attn.q_norm.weight" in weights:
-            query = plain_norm(query, weights, f"{at}.attn.q_norm")
-            key = plain_norm(key, weights, f"{at}.attn.k_norm")
-        read = plain_linear(
-            plain_attention(query, key, value), weights, f"{at}.attn.proj"
+            query = intern_norm(query, weights, f"{at}.attn.q_norm")
+            key = intern_norm(key, weights, f"{at}.attn.k_norm")
+        heads = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for part in (query, key, value)
         )
+        read = functional.scaled_dot_product_attention(*heads)
+        read = read.transpose(1, 2).flatten(2)
+        read = plain_linear(read, weights, f"{at}.attn.proj")
         tokens = tokens + weights[f"{at}.ls1"] * read
-        inputs = plain_norm(tokens, weights, f"{at}.norm2")
+        inputs = intern_norm(tokens, weights, f"{at}.norm2")
         wide = functional.gelu(plain_linear(inputs, weights, f"{at}.mlp.fc1"))
         out = plain_linear(wide, weights, f"{at}.mlp.fc2")
         tokens = tokens + weights[f"{at}.ls2"] * out
     return tokens
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{}, {"qk_normalization": False, "qkv_bias": True, "norm_type": "layer_norm"}],
-    ids=["6B", "300M"],
-)
-def test_intern_vit_equals_a_plain_reading(changed, tmp_path):
+def difference(tower, weights, layers, rows=GRID, columns=GRID):
+    """Largest difference from the published architecture, on random pixels."""
+    pixels = torch.randn(2, 3, 4 * rows, 4 * columns)
+    with torch.no_grad():
+        tokens = tower(pixels).last_hidden_state
+    return (tokens - published_intern(pixels, weights, layers)).abs().max().item()
+
+
+SMALLER = {"qk_normalization": False, "qkv_bias": True, "norm_type": "layer_norm"}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("changed", [{}, SMALLER], ids=["6B", "300M"])
+def test_intern_vit_equals_the_published_architecture(changed, shards, tmp_path):
     config = intern_config(**changed)
     weights = intern_weights(config)
-    write(tmp_path, config, weights)
+    write(tmp_path, config, weights, shards)
     tower = load_tower(str(tmp_path))
-    pixels = torch.randn(2, 3, SIZE, SIZE)
-    with torch.no_grad():
-        output = tower(pixels)
-    tokens = plain_intern(pixels, weights, LAYERS)
-    torch.testing.assert_close(output.last_hidden_state, tokens, atol=2e-5, rtol=1e-4)
-    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
+    assert isinstance(tower, InternVLVisionModel)
+    assert isinstance(tower.config, InternVLVisionConfig)
+    assert difference(tower, weights, LAYERS) == 0
+    assert difference(tower, weights, LAYERS, rows=3, columns=6) == 0
 
 
 def test_the_last_three_of_48_layers_are_left_out(tmp_path):
@@ -292,12 +337,71 @@ def test_the_last_three_of_48_layers_are_left_out(tmp_path):
     write(tmp_path, config, weights)
     tower = load_tower(str(tmp_path))
     assert tower.config.num_hidden_layers == 45
-    pixels = torch.randn(1, 3, SIZE, SIZE)
-    with torch.no_grad():
-        tokens = tower(pixels).last_hidden_state
-    expected = plain_intern(pixels, weights, 45)
-    torch.testing.assert_close(tokens, expected, atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(tokens, plain_intern(pixels, weights, 48), atol=1e-2)
+    assert difference(tower, weights, 45) == 0
+    assert difference(tower, weights, 48) > 1e-2
+
+
+def test_intern_vit_is_saved_under_transformers_names(tmp_path):
+    config = intern_config()
+    weights = intern_weights(config)
+    write(tmp_path, config, weights)
+    load_tower(str(tmp_path)).save_pretrained(tmp_path / "saved")
+    again = AutoModel.from_pretrained(tmp_path / "saved")
+    assert type(again) is InternVLVisionModel
+    assert type(load_tower(str(tmp_path / "saved"))) is InternVLVisionModel
+    assert difference(again, weights, LAYERS) == 0
+
+
+def test_intern_vit_in_another_type_and_attention(tmp_path):
+    config = intern_config()
+    weights = intern_weights(config)
+    write(tmp_path, config, weights)
+    tower = load_tower(str(tmp_path), dtype=torch.bfloat16, attn_implementation="eager")
+    assert {weight.dtype for weight in tower.state_dict().values()} == {torch.bfloat16}
+    assert tower.config._attn_implementation == "eager"
+    packed = weights["encoder.layers.1.attn.qkv.weight"]
+    layer = tower.encoder.layer[1].attention
+    split = torch.cat([layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight])
+    assert torch.equal(split, packed.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"norm_type": "batch_norm"}, "norm_type is 'batch_norm'"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05; with qk_normalization"),
+    ],
+)
+def test_other_intern_vits_are_refused(changed, said, tmp_path):
+    config = intern_config(**changed)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UniRefinerError, match=said):
+        tower_config(str(tmp_path))
+
+
+def test_refined_intern_vit_of_an_earlier_version_loads(tmp_path):
+    """Its model type was our own, its weights had the published names."""
+    config = intern_config(model_type="unirefiner_intern_vit", published_layers=2)
+    weights = intern_weights(config)
+    refined = {"model_type": "unirefiner", "dtype": "float32", "format_version": 1}
+    write(
+        tmp_path,
+        {**refined, "vision_config": config},
+        {f"tower.{name}": weight for name, weight in weights.items()},
+    )
+    model, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model) is UniRefinerModel and not any(report.values())
+    assert difference(model.tower, weights, LAYERS) == 0
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["vision_config"]["model_type"] == "internvl_vision"
+    for kind in (UniRefinerModel, UniRefinerBackbone):
+        again, report = kind.from_pretrained(
+            tmp_path / "again", output_loading_info=True
+        )
+        assert not any(report.values())
+        assert type(again.tower) is InternVLVisionModel
+        assert difference(again.tower, weights, LAYERS) == 0
 
 
 # Both

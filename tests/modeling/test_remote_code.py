@@ -34,6 +34,7 @@ saved = torch.load(folder + "/expected.pt", weights_only=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__name__ == "UniRefinerModel", type(model)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert model.config.method == "distillation", model.config.method
 with torch.no_grad():
     assert torch.equal(model(saved["pixels"]).last_hidden_state, saved["tokens"])
 name = AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map["AutoBackbone"]
@@ -48,6 +49,7 @@ print("fresh process ok")
 
 def publish(folder, family="dinov2", **options):
     model = UniRefinerModel.from_tower(make_tiny_tower(family), **options)
+    model.config.method = "distillation"
     model.save_pretrained(folder)
     save_remote_code(folder)
     return model
@@ -59,7 +61,7 @@ def publish(folder, family="dinov2", **options):
         ("dinov2", {"register_fill": "randn", "register_width": 2}),
         ("clip_vision_model", {"final_norm": True}),
         ("unirefiner_eva_clip_vision", {}),
-        ("unirefiner_intern_vit", {}),
+        ("internvl_vision", {}),
     ],
 )
 def test_fresh_process_without_the_package(family, options, tmp_path):
@@ -109,9 +111,11 @@ def test_saving_alone_copies_the_code_too(tmp_path):
         "modeling_unirefiner",
         "configuration_unirefiner",
         "configuration_eva_clip",
-        "configuration_intern_vit",
         "modeling_eva_clip",
-        "modeling_intern_vit",
+        "errors",
+        "families",
+        "recording",
+        "published_intern_vit",
         "registers",
         "towers",
         "vit_parts",

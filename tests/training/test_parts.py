@@ -10,8 +10,8 @@ from torch import nn
 from tests.conftest import FAMILIES, make_tiny_tower
 from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.modeling.errors import UniRefinerError
+from unirefiner_hf.modeling.families import family_of
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import family_of
 from unirefiner_hf.spurious.settings import FilterSettings
 from unirefiner_hf.training.arguments import UniRefinerArguments
 from unirefiner_hf.training.before_after import compare, figure, join_frame

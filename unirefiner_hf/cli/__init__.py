@@ -1,104 +1,112 @@
-"""The command ``unirefiner``: one verb, one file, imported when it is called."""
+"""The command ``unirefiner``: one command, one file, imported when it is called."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
-import re
+import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from .. import __version__
+from ..errors import UniRefinerError
+from .output import add_output_options, as_asked, glued, tell
+from .parser import Parser, UsageError, dashed
 
-VERBS = {
-    "refine": "Refine a vision tower on unlabelled images.",
+COMMANDS = {
+    "refine": "Refine a vision backbone on unlabelled images.",
     "estimate": "Tell memory, operations and time of a refinement, without weights.",
-    "evaluate": "Compare refined towers with their base and controls on a task.",
-    "diagnose": "Measure how clean a tower's tokens are, without labels.",
+    "evaluate": "Compare refined backbones with their base and controls on a task.",
+    "diagnose": "Measure how clean a backbone's tokens are, without labels.",
+    "compare": "Show what changed between two models on the same images.",
+    "extract": "Write dense features of images to disk.",
     "merge": "Merge a run's adapter into a checkpoint ready to load or publish.",
     "push": "Publish a run on the Hub, proved before it is uploaded.",
     "verify": "Compare a model's weight files with the checksums in its card.",
-    "demo": "See it work: refine a small tower on a few photographs.",
+    "demo": "See it work: refine a small backbone on a few photographs.",
     "recipes": "List the shipped recipes, or copy one to edit.",
+}
+COMMANDS = {
+    name: text
+    for name, text in COMMANDS.items()
+    if importlib.util.find_spec(f"{__name__}.{name}")
 }
 
 INTERRUPTED = 130
 
 
-class UsageError(ValueError):
-    """The command line itself is wrong."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises its errors and takes no abbreviations."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ('{self.prog} --help' shows what there is)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``unirefiner`` and return its exit status.
 
-    0: done. 2: an error of the user's, told in one line. 130: Ctrl-C. Other errors are
-    defects and keep their traceback.
+    0: done. 1: what was verified did not pass. 2: an error of the user's, told in one line.
+    130: Ctrl-C. Other errors are defects: they are raised, and the interpreter shows their
+    traceback and exits with 1.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    show_traceback = "--traceback" in words
     try:
-        return _run([word for word in words if word != "--traceback"])
+        return _run(glued(words))
     except KeyboardInterrupt as stop:
         print(f"unirefiner: {str(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:
-        if not _is_users(error):
-            raise
-        if show_traceback:
+    except (UniRefinerError, OSError) as error:
+        if "--traceback" in words:
             traceback.print_exc()
         message = " ".join(str(error).split())
         print(f"unirefiner: error: {message}", file=sys.stderr)
         return 2
 
 
-def _is_users(error: Exception) -> bool:
-    """Bad values, files and the package's own errors; anything else is a defect."""
-    own = type(error).__module__.split(".")[0] == __name__.split(".")[0]
-    return own or isinstance(error, (ValueError, OSError))
-
-
 def _run(words: list[str]) -> int:
-    verb = next((word for word in words if not word.startswith("-")), None)
-    parser = Parser(prog="unirefiner", description="Clean features from vision towers.")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where an error comes from"
-    )
-    verbs = parser.add_subparsers(dest="verb", metavar="verb", title="verbs")
-    parsers = {name: verbs.add_parser(name, help=VERBS[name]) for name in VERBS}
-    if verb not in VERBS:
-        parser.parse_args(words)
+    place = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
+    if place is None:
+        parser = _overview()
+        parser.parse(words)
         parser.print_help()
         return 2
-    chosen = parsers[verb]
-    chosen.description = VERBS[verb]
-    module = importlib.import_module(f"{__name__}.{verb}")
-    module.add_arguments(chosen)
-    arguments, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise UsageError(_unknown(unknown[0], chosen))
-    return module.run(arguments) or 0
+    name = words.pop(place)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"unknown command {name!r}{hint} ('unirefiner --help' lists them)"
+        )
+    module = importlib.import_module(f"{__name__}.{name}")
+    parser = Parser(
+        prog=f"unirefiner {name}",
+        description=COMMANDS[name],
+        any_option=getattr(module, "ANY_OPTION", False),
+    )
+    if "--help-all" in map(dashed, words):
+        getattr(module, "add_all_arguments", module.add_arguments)(parser)
+        add_output_options(parser, traceback=True)
+        parser.print_help()
+        return 0
+    module.add_arguments(parser)
+    add_output_options(parser)
+    arguments = parser.parse(words)
+    arguments.parser = parser
+    with as_asked(arguments):
+        result = module.run(arguments)
+    if result is None:
+        return 0
+    tell(result, arguments)
+    return 0 if getattr(result, "passed", True) else 1
 
 
-def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
-    if not word.startswith("-"):
-        return f"unexpected argument {word!r} ('{parser.prog} --help' shows them)"
-    option = word.split("=")[0]
-    known = sorted(set(re.findall(r"--\w[\w-]*", parser.format_help())))
-    close = difflib.get_close_matches(option.replace("-", "_"), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown option {option}{hint} ('{parser.prog} --help' lists them)"
+def _overview() -> Parser:
+    """The parser without a command."""
+    lines = [f"  {name:10} {text}" for name, text in COMMANDS.items()]
+    parser = Parser(
+        prog="unirefiner",
+        usage="unirefiner COMMAND [option ...]",
+        description="\n".join(
+            ["Clean features from vision backbones.", "", "commands:", *lines]
+        ),
+        epilog="'unirefiner COMMAND --help' shows the options of a command.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=__version__, help="print the version"
+    )
+    add_output_options(parser, traceback=True)
+    return parser

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..export.merge import Merged
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb its options."""
+    """Give the command its options."""
     parser.add_argument(
         "run",
         metavar="RUN",
@@ -26,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_merge_options(parser: argparse.ArgumentParser) -> None:
-    """Give a verb the options of what is written."""
+    """Give a command the options of what is written."""
     parser.add_argument(
         "--model",
         metavar="NAME",
@@ -36,10 +40,10 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
         "--license", help="of the base, such as apache-2.0, if the run does not know it"
     )
     parser.add_argument(
-        "--register_width",
+        "--register-width",
         metavar="PATCHES",
         type=int,
-        help="frame of the merged model (default: the run's)",
+        help="border of register patches of the merged model (default: the run's)",
     )
     parser.add_argument(
         "--dtype",
@@ -50,42 +54,52 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--native",
         action="store_true",
-        help="save the plain tower, without the frame and its code",
+        help="save the bare backbone, without the border of registers and its code",
     )
     parser.add_argument(
-        "--no_text",
+        "--no-text",
         action="store_true",
-        help="leave out text/, the unchanged text side of a dual encoder",
+        help="leave out text/, the unchanged text encoder of a dual encoder",
     )
     parser.add_argument(
-        "--max_shard_size",
+        "--max-shard-size",
         metavar="SIZE",
         default="5GB",
         help="largest file of weights (default: 5GB)",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the base repository's own code",
+    )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def merge_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those options as keywords of `merge` and `push`."""
+    return {
+        "model": arguments.model,
+        "model_license": arguments.license,
+        "register_width": arguments.register_width,
+        "keep_text": False if arguments.no_text else None,
+        "dtype": arguments.dtype,
+        "native": arguments.native,
+        "max_shard_size": arguments.max_shard_size,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def run(arguments: argparse.Namespace) -> Merged:
     """Merge.
 
     Raises:
         RunFolderError: no run, or not of this base.
         ExportError: the folder is not empty, or could not be written.
     """
-    import torch
+    from ..export.merge import merge
 
-    from ..export.run_folder import merge_run
-
-    folder = merge_run(
+    return merge(
         arguments.run,
         arguments.output,
-        model=arguments.model,
-        model_license=arguments.license,
-        register_width=arguments.register_width,
-        keep_text=False if arguments.no_text else None,
-        dtype=getattr(torch, arguments.dtype),
-        native=arguments.native,
         overwrite=arguments.overwrite,
-        max_shard_size=arguments.max_shard_size,
+        **merge_options(arguments),
     )
-    print(f"The merged model is in {folder}.")

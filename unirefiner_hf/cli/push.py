@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .merge import add_merge_options
+from .merge import add_merge_options, merge_options
+
+if TYPE_CHECKING:
+    from ..hub.push import Pushed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb its options."""
+    """Give the command its options."""
     parser.add_argument(
         "run",
         metavar="RUN",
@@ -40,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_merge_options(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Pushed:
     """Push.
 
     Raises:
@@ -49,11 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
         ExportError: the folder could not be written.
         ReloadError: the folder does not give the trained model's tokens.
     """
-    import torch
+    from ..hub.push import push
 
-    from ..hub.push import push_run
-
-    pushed = push_run(
+    return push(
         arguments.run,
         arguments.repo_id,
         output=arguments.output,
@@ -61,28 +63,5 @@ def run(arguments: argparse.Namespace) -> None:
         create_pr=arguments.create_pr,
         force=arguments.force,
         tag=arguments.tag,
-        model=arguments.model,
-        model_license=arguments.license,
-        register_width=arguments.register_width,
-        keep_text=False if arguments.no_text else None,
-        dtype=getattr(torch, arguments.dtype),
-        native=arguments.native,
-        max_shard_size=arguments.max_shard_size,
+        **merge_options(arguments),
     )
-    ways = ", ".join(
-        f"{way} {error:.1e}" for way, error in pushed.check.reloaded.items()
-    )
-    print(
-        f"Tokens: merged {pushed.check.merged:.1e} from the trained model; reloaded in a "
-        f"fresh process: {ways} (relative)."
-    )
-    if pushed.uploaded or pushed.removed:
-        removed = f", removed {len(pushed.removed)}" if pushed.removed else ""
-        print(f"Uploaded {len(pushed.uploaded)} files{removed} in one commit.")
-    else:
-        print("Nothing to upload: the repository holds it all.")
-    if pushed.pull_request is not None:
-        print(f"Pull request: {pushed.pull_request}")
-        return
-    visibility = "private" if pushed.private else "public"
-    print(f"{pushed.url} ({visibility}), commit {pushed.commit[:7]}, tag {pushed.tag}")

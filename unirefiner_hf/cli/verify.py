@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..hub.verify import Verified
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb its options."""
+    """Give the command its options."""
+    parser.epilog = "Exits with 1 if a file is not what was published."
     parser.add_argument(
         "checkpoint", metavar="USER/NAME", help="repository on the Hub, or a folder"
     )
@@ -18,32 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Verify; 1 if a file is not what was published.
+def run(arguments: argparse.Namespace) -> Verified:
+    """Verify.
 
     Raises:
         HubError: the card states no checksums.
     """
     from ..hub.verify import verify
 
-    found = verify(
+    return verify(
         arguments.checkpoint,
         revision=arguments.revision,
         force_download=arguments.force_download,
     )
-    for name in found.right:
-        print(f"right     {name}")
-    for name, (stated, actual) in found.wrong.items():
-        print(f"WRONG     {name}: the card says {stated}, the file is {actual}")
-    for name in found.missing:
-        print(f"MISSING   {name}")
-    for name in found.unlisted:
-        print(f"UNLISTED  {name}: the card does not name it")
-    if found.passed:
-        print(f"{len(found.right)} weight files are as published.")
-        return 0
-    print(
-        "Do not use this checkpoint. If a download went wrong, --force-download mends it; "
-        "otherwise tell its owner."
-    )
-    return 1

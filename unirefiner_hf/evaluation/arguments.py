@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data.labelled import LAYOUTS
-from ..spurious.settings import require
+from ..data.layouts import LAYOUTS
+from ..errors import require
 
 TASKS = ("segmentation", "depth", "zero_shot")
 

@@ -1,4 +1,4 @@
-"""How clean a tower's tokens are, without labels: several measures, none to trust alone.
+"""How clean a model's tokens are, without labels: several measures, none to trust alone.
 
 ========================  ======================================================  ===========
 measure                   what it is                                              clean is
@@ -15,22 +15,24 @@ knn_accuracy, knn_iou     labels found by the nearest tokens of other images    
 
 What fools each of them:
 
-- The filters' own limits follow each image's mean, so they reject a similar share of any
-  tower's tokens. Against a base's limits (`base`) they say that tokens moved, not that they
-  got better; and a refined tower was trained on them. They look for the base's own dirt: a
-  tower with fixed patterns that its base does not have passes for clean (planted ones
-  ranked below clean tokens: area under the ROC curve 0.28, by its own limits 0.72).
-- Norms miss fixed patterns and proxies of normal or low norm; a tower that ends in a layer
-  norm is measured before it, one trained with registers may have none and be dirty.
+- A model's own thresholds follow each image's mean, so they reject a similar share of any
+  model's tokens. By a base's reference thresholds (`base`) the shares say that tokens moved,
+  not that they got better; and a refined model was trained on them. They look for the base's
+  own artifacts: a model with fixed patterns that its base does not have passes for clean
+  (injected ones ranked below clean tokens: area under the ROC curve 0.28, by its own
+  thresholds 0.72).
+- Norms miss fixed patterns and proxies of normal or low norm; a model that ends in a layer
+  norm is measured before it, one trained with registers may have none and be full of
+  artifacts.
 - The shift residual is fooled by tokens that are constant, whether clean or not: a collapsed
-  map has none, and planted fixed patterns and proxies were found no better than by chance.
+  map has none, and injected fixed patterns and proxies were found no better than by chance.
   Read it beside neighbour_contrast.
-- Positional variance counts a real habit of photographs (sky above) as dirt, and needs many
-  unlike images: with n images its noise is about 1/n, which is subtracted.
+- Positional variance counts a real habit of photographs (sky above) as an artifact, and needs
+  many unlike images: with n images its noise is about 1/n, which is subtracted.
 - Neighbour cosine rises with any blur. Blurring lowers neighbour_contrast at the same time,
   which is the guard: a cleaner map raises the first and keeps the second.
 - k-NN scores follow what the labels name; a proxy token that carries the scene finds the
-  scene's commonest class. Planted proxies and patterns left them as they were where a linear
+  scene's commonest class. Injected proxies and patterns left them as they were where a linear
   probe lost 10 points of mIoU.
 """
 
@@ -47,6 +49,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import default_reference, preprocess
 from ..data.labelled import ClassLabels, LabelledImages
+from ..modeling.errors import UniRefinerError
 from ..spurious.diagnose import Diagnosis, Yardstick, diagnose
 from ..spurious.settings import FilterSettings
 from .augment import resize_labels
@@ -57,7 +60,7 @@ SHIFTS = ((0, 1), (1, 0), (1, 2), (2, 1))
 """Shifts in patches, rows and columns, of the views of the shift residual."""
 OUTLIER_SIGMA = 3.0
 BATCH = 8
-"""Images the tower takes at once."""
+"""Images the model takes at once."""
 LOWER_IS_CLEANER = {
     "fpgp": True,
     "ah": True,
@@ -81,20 +84,17 @@ class Cleanliness:
         name: of the checkpoint.
         values: measure -> value, means over images.
         images: their number.
-        token_scores: name -> ``(images, patches)``, higher is dirtier: ``similarity`` to
-            unrelated tokens, ``inflow`` (negated), ``norm`` and ``shift`` residual. For
-            comparison with a known truth.
-        spurious: ``(images, patches)`` bool, what the filters found.
-        yardsticks: of each batch of `BATCH` images, for towers measured by this one's.
+        fpgp, ah: ``(images, patches)`` bool, what each filter found.
+        thresholds: of each batch of `BATCH` images, for models measured by this one's.
         grid: rows and columns of patches.
     """
 
     name: str
     values: dict[str, float]
     images: int
-    token_scores: dict[str, Tensor]
-    spurious: Tensor
-    yardsticks: list[Yardstick]
+    fpgp: Tensor
+    ah: Tensor
+    thresholds: list[Yardstick]
     grid: tuple[int, int]
 
 
@@ -122,19 +122,19 @@ def measure_cleanliness(
 
     Args:
         images: RGB; resized to ``size x size``, rounded up to patches.
-        base: measure the filters' shares by the yardstick of this tower, measured before
-            on the same images; None: by the checkpoint's own.
+        base: measure the filters' shares by the reference thresholds of this model,
+            measured before on the same images; None: by the checkpoint's own.
         settings: of the filters.
 
     Raises:
-        ValueError: fewer than 2 images, or other images than the base's.
+        UniRefinerError: fewer than 2 images, or other images than the base's.
     """
     if len(images) < 2:
-        raise ValueError(
+        raise UniRefinerError(
             f"{len(images)} image is too few: how much the place explains shows on several."
         )
     if base is not None and base.images != len(images):
-        raise ValueError(
+        raise UniRefinerError(
             f"{base.name} was measured on {base.images} images, these are {len(images)}."
         )
     side, device = checkpoint.side(size), checkpoint.model.device
@@ -156,7 +156,7 @@ def measure_cleanliness(
                 reference,
                 settings,
                 register_width=checkpoint.register_width,
-                yardstick=base.yardsticks[start // BATCH] if base else None,
+                yardstick=base.thresholds[start // BATCH] if base else None,
             )
         )
         norms, tokens = _norms_and_tokens(checkpoint, batch)
@@ -169,27 +169,18 @@ def measure_cleanliness(
 
 def _summary(checkpoint: Checkpoint, found: _Collected) -> Cleanliness:
     grid = found.diagnoses[0].grid
-    maps = {
-        "fpgp": torch.cat([diagnosis.fpgp for diagnosis in found.diagnoses]).cpu(),
-        "ah": torch.cat([diagnosis.ah for diagnosis in found.diagnoses]).cpu(),
-    }
-    maps["spurious"] = maps["fpgp"] | maps["ah"]
-    values = {name: marked.float().mean().item() for name, marked in maps.items()}
+    fpgp = torch.cat([diagnosis.fpgp for diagnosis in found.diagnoses]).cpu()
+    ah = torch.cat([diagnosis.ah for diagnosis in found.diagnoses]).cpu()
+    shares = {"fpgp": fpgp, "ah": ah, "spurious": fpgp | ah}
+    values = {name: marked.float().mean().item() for name, marked in shares.items()}
     norms, tokens = torch.cat(found.norms), torch.cat(found.tokens)
     values.update(norm_outliers(norms))
     values["shift_residual"] = torch.stack(found.shifts).nanmean().item()
     values["positional_variance"] = positional_variance(tokens)
     values.update(neighbour_similarity(tokens, torch.cat(found.colours), grid))
-    scores = {
-        "similarity": torch.cat([d.similarity for d in found.diagnoses]).cpu(),
-        "inflow": -torch.cat([d.inflow for d in found.diagnoses]).cpu(),
-        "norm": norms,
-        "shift": torch.stack(found.shifts),
-    }
-    yardsticks = [diagnosis.yardstick for diagnosis in found.diagnoses]
-    return Cleanliness(
-        checkpoint.name, values, len(tokens), scores, maps["spurious"], yardsticks, grid
-    )
+    thresholds = [diagnosis.yardstick for diagnosis in found.diagnoses]
+    name = checkpoint.name
+    return Cleanliness(name, values, len(tokens), fpgp, ah, thresholds, grid)
 
 
 def _norms_and_tokens(checkpoint: Checkpoint, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,17 +327,3 @@ def knn_retrieval(
         labels = resize_labels(values, (found.shape[1], found.shape[2]))
         measured.append(metric.measure(found.flatten(1).T, labels.flatten()))
     return metric.score(measured)
-
-
-def cleanliness_table(rows: Sequence[Cleanliness]) -> str:
-    """Markdown: a measure a row, a checkpoint a column."""
-    lines = [
-        "| measure | " + " | ".join(row.name for row in rows) + " | clean is |",
-        "|---" * (len(rows) + 2) + "|",
-    ]
-    words = {True: "low", False: "high", None: "see contrast"}
-    for name, lower in LOWER_IS_CLEANER.items():
-        if all(name in row.values for row in rows):
-            cells = " | ".join(f"{row.values[name]:.3f}" for row in rows)
-            lines.append(f"| {name} | {cells} | {words[lower]} |")
-    return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,100 +14,15 @@ from tqdm.auto import tqdm
 
 from ..data.images import preprocess
 from ..data.labelled import LabelError, LabelledImages
-from ..spurious.settings import require
 from .augment import distort, normalised, resize_labels
 from .checkpoints import Checkpoint
 from .metric_modules.depth_errors import DepthErrors
 from .metrics import ImageDepthErrors
+from .settings import DepthSettings
 
 EIGEN_ROWS, EIGEN_COLUMNS = (45, 471), (41, 601)
 EIGEN_SIZE = (480, 640)
 UPSAMPLING = 4
-
-
-@dataclass
-class DepthSettings:
-    """Protocol of the probe; defaults are DINOv2's linear depth on NYUd.
-
-    Raises:
-        ValueError: a value is outside its range.
-    """
-
-    depth_low: float = field(
-        default=1e-3, metadata={"help": "Smallest depth in metres."}
-    )
-    depth_high: float = field(
-        default=10.0, metadata={"help": "Largest depth in metres."}
-    )
-    depth_bins: int = field(default=256, metadata={"help": "Uniform bins of depth."})
-    depth_scale: float = field(
-        default=1000.0,
-        metadata={
-            "help": "Values of integer depth maps are divided by this to metres."
-        },
-    )
-    depth_crop_height: int = field(
-        default=416,
-        metadata={"help": "Rows of a training crop, rounded up to patches."},
-    )
-    depth_crop_width: int = field(
-        default=544,
-        metadata={"help": "Columns of a training crop, rounded up to patches."},
-    )
-    depth_rotation: float = field(
-        default=2.5,
-        metadata={"help": "Training images turn by up to this, in degrees."},
-    )
-    depth_flip: float = field(
-        default=0.5, metadata={"help": "Probability of mirroring a training crop."}
-    )
-    depth_distortion: bool = field(
-        default=True, metadata={"help": "Photometric distortion of training crops."}
-    )
-    depth_iterations: int = field(
-        default=38_400, metadata={"help": "Steps of a probe."}
-    )
-    depth_batch: int = field(default=16, metadata={"help": "Images a step."})
-    depth_lr: float = field(
-        default=5e-3, metadata={"help": "Highest learning rate, AdamW."}
-    )
-    depth_weight_decay: float = field(
-        default=0.01, metadata={"help": "Weight decay, AdamW."}
-    )
-    depth_warmup: float = field(
-        default=1 / 3, metadata={"help": "Share of the steps that warm up."}
-    )
-    depth_clip: float = field(default=35.0, metadata={"help": "Largest gradient norm."})
-    depth_loss_warmup: int = field(
-        default=100,
-        metadata={"help": "First steps, whose loss has its mean term only."},
-    )
-    depth_eigen_crop: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Measure rows 45 to 471 and columns 41 to 601 only. Unset: for maps "
-            "of 640x480."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        require(self, "depth_low", self.depth_low > 0, "positive")
-        require(self, "depth_high", self.depth_high > self.depth_low, "above depth_low")
-        require(self, "depth_bins", self.depth_bins >= 2, "at least 2")
-        require(self, "depth_scale", self.depth_scale > 0, "positive")
-        for name in ("depth_crop_height", "depth_crop_width"):
-            require(self, name, getattr(self, name) >= 1, "at least 1 pixel")
-        for name in ("depth_iterations", "depth_batch"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "depth_lr", self.depth_lr > 0, "positive")
-        require(self, "depth_warmup", 0 <= self.depth_warmup < 1, "in [0, 1)")
-
-    def protocol(self) -> str:
-        """In a few words."""
-        return (
-            f"linear probe, {self.depth_bins} bins, crop {self.depth_crop_height}x"
-            f"{self.depth_crop_width}, {self.depth_iterations} steps"
-        )
 
 
 @dataclass(frozen=True)

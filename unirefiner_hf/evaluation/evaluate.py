@@ -9,15 +9,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from ..export.run_folder import EVALUATION, read_evaluation
 from ..modeling.errors import UniRefinerError
 from ..outputs import check_folder, write_whole
 from .arguments import EvaluationArguments
 from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
-from .depth import DepthSettings
-from .results import FILE, Evaluation, read_results, write_results
-from .segmentation import SegmentationSettings
+from .results import Evaluation, write_results
+from .settings import DepthSettings, SegmentationSettings, ZeroShotSettings
 from .tasks import TASKS, is_main
-from .zero_shot import ZeroShotSettings
 
 TABLE, REPORT = "table.md", "report.html"
 Protocol: TypeAlias = SegmentationSettings | DepthSettings | ZeroShotSettings
@@ -72,7 +71,7 @@ def evaluate(
     for checkpoint in loaded:
         if checkpoint.folder is not None and checkpoint.method is not None:
             check_folder(checkpoint.folder)
-            read_results(checkpoint.folder / FILE)
+            read_evaluation(checkpoint.folder / EVALUATION)
     with measuring(loaded):
         evaluation = measure(_with_borders(loaded, arguments.framed_base))
     if is_main():

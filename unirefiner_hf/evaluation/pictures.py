@@ -11,11 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.images import preprocess
-from ..data.labelled import ClassLabels, LabelledImages
+from ..data.labelled import IGNORE, ClassLabels, LabelledImages
 from ..results import Bars, Colour, Figure, Section
 from ..visualize import fit_pca, pca_rgb
 from .checkpoints import Checkpoint
-from .metrics import IGNORE
 from .segmentation import SegmentationResult
 
 
@@ -62,11 +61,7 @@ def segmentation_sections(
             key=_key(classes),
             rows=_predictions(images, classes, names, results, count),
         ),
-        Section(
-            "Principal components of the tokens",
-            "Each checkpoint has its own basis, fitted on the images shown.",
-            rows=_components(pictures, checkpoints, size),
-        ),
+        component_section(pictures, checkpoints, size),
     ]
 
 
@@ -109,15 +104,20 @@ def _predictions(
     return rows
 
 
-def _components(
+def component_section(
     pictures: Sequence[Image.Image], checkpoints: Sequence[Checkpoint], size: int
-) -> list[list[Figure]]:
+) -> Section:
+    """Principal components of each checkpoint's tokens, in its own basis."""
     columns = [[Figure.of(picture, "image") for picture in pictures]]
     for checkpoint in checkpoints:
         tokens, grid = square_tokens(checkpoint, pictures, size)
         drawn = pca_rgb(tokens, grid, fit_pca(tokens))
         columns.append([Figure.of(cell, checkpoint.name) for cell in drawn])
-    return [list(row) for row in zip(*columns, strict=True)]
+    return Section(
+        "Principal components of the tokens",
+        "Each checkpoint has its own basis, fitted on the images shown.",
+        rows=list(zip(*columns, strict=True)),
+    )
 
 
 def square_tokens(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,120 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.images import preprocess
-from ..data.labelled import ClassLabels, LabelledImages
-from ..spurious.settings import require
+from ..data.labelled import IGNORE, ClassLabels, LabelledImages
 from .augment import CropSettings, normalised, resize_labels, training_crop
 from .checkpoints import Checkpoint
 from .metric_modules.mean_iou import MeanIou
-from .metrics import IGNORE, SegmentationScores
+from .metrics import SegmentationScores
+from .settings import SegmentationSettings
 
 FAST_SCALE = 4
 """The fast mode trains on labels this many times finer than the token grid."""
-
-
-@dataclass
-class SegmentationSettings:
-    """Protocol of the probe; defaults are DINOv2's linear segmentation.
-
-    Raises:
-        ValueError: a value is outside its range.
-    """
-
-    crop: int = field(
-        default=512,
-        metadata={
-            "help": "Side of training crops and test windows in pixels; rounded up to "
-            "whole patches."
-        },
-    )
-    stride: int = field(
-        default=341, metadata={"help": "Step of the test window in pixels."}
-    )
-    scale_min: float = field(default=0.5, metadata={"help": "Smallest training scale."})
-    scale_max: float = field(default=2.0, metadata={"help": "Largest training scale."})
-    max_class_share: float = field(
-        default=0.75,
-        metadata={"help": "A crop that one class fills by more is drawn again."},
-    )
-    flip: float = field(
-        default=0.5, metadata={"help": "Probability of mirroring a training crop."}
-    )
-    distortion: bool = field(
-        default=True, metadata={"help": "Photometric distortion of training crops."}
-    )
-    iterations: int = field(default=40_000, metadata={"help": "Steps of a probe."})
-    batch: int = field(default=16, metadata={"help": "Images a step, all processes."})
-    probe_lr: float = field(default=1e-3, metadata={"help": "Learning rate, AdamW."})
-    probe_weight_decay: float = field(
-        default=1e-4, metadata={"help": "Weight decay, AdamW."}
-    )
-    warmup: int = field(
-        default=1500,
-        metadata={"help": "Steps of linear warm-up, at most a tenth of all."},
-    )
-    power: float = field(
-        default=1.0, metadata={"help": "Exponent of the polynomial decay."}
-    )
-    head_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the 1x1 convolution."}
-    )
-    fast: bool = field(
-        default=False,
-        metadata={
-            "help": "Encode every image once, whole and resized to crop x crop, and train "
-            "on the cached tokens: minutes in place of hours, no augmentation but "
-            "mirroring. Not comparable with published numbers."
-        },
-    )
-    fast_iterations: int = field(
-        default=1000, metadata={"help": "Steps of a probe in the fast mode."}
-    )
-    workers: int = field(
-        default=0, metadata={"help": "Processes that prepare training crops."}
-    )
-    encode_batch: int = field(
-        default=8, metadata={"help": "Images or windows the tower takes at once."}
-    )
-
-    def __post_init__(self) -> None:
-        require(self, "crop", self.crop >= 1, "at least 1 pixel")
-        require(self, "stride", self.stride >= 1, "at least 1 pixel")
-        require(self, "scale_min", self.scale_min > 0, "positive")
-        require(
-            self,
-            "scale_max",
-            self.scale_max >= self.scale_min,
-            f"scale_min ({self.scale_min}) or more",
-        )
-        require(self, "iterations", self.iterations >= 1, "at least 1")
-        require(self, "fast_iterations", self.fast_iterations >= 1, "at least 1")
-        require(self, "batch", self.batch >= 1, "at least 1")
-        require(self, "encode_batch", self.encode_batch >= 1, "at least 1")
-        require(self, "probe_lr", self.probe_lr > 0, "positive")
-        require(self, "head_dropout", 0 <= self.head_dropout < 1, "in [0, 1)")
-
-    @property
-    def crops(self) -> CropSettings:
-        """How training crops are drawn, before rounding to patches."""
-        return CropSettings(
-            self.crop,
-            (self.scale_min, self.scale_max),
-            self.max_class_share,
-            self.flip,
-            self.distortion,
-        )
-
-    def protocol(self) -> str:
-        """In a few words."""
-        if self.fast:
-            return (
-                f"linear probe on cached tokens, whole images at {self.crop} px, "
-                f"{self.fast_iterations} steps"
-            )
-        return (
-            f"linear probe, crop {self.crop}, window {self.crop}/{self.stride}, "
-            f"{self.iterations} steps"
-        )
 
 
 @dataclass(frozen=True)
@@ -506,7 +401,13 @@ def _full_run(
     pictures: int,
 ) -> SegmentationResult:
     size = checkpoint.side(settings.crop)
-    crops = CropSettings(size, *_rest(settings.crops))
+    crops = CropSettings(
+        size,
+        (settings.scale_min, settings.scale_max),
+        settings.max_class_share,
+        settings.flip,
+        settings.distortion,
+    )
     device, (rank, world) = checkpoint.model.device, processes()
     heads = []
     for seed in range(seeds):
@@ -539,10 +440,6 @@ def _full_run(
         ):
             validation.add(number, scores, label)
     return SegmentationResult.of([validation.finish() for validation in validations])
-
-
-def _rest(crops: CropSettings) -> tuple:
-    return crops.scale, crops.max_share, crops.flip, crops.distortion
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:

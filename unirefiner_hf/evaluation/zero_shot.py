@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,102 +17,16 @@ from ..data.images import preprocess
 from ..data.labelled import ClassLabels, LabelError, LabelledImages
 from ..modeling.dense_text import check_variant, default_variant, dense_text_features
 from ..modeling.errors import UniRefinerError
+from ..modeling.families import image_size_of
 from ..modeling.text_side import TextSide, TextSideError, load_text_side
-from ..modeling.towers import image_size_of
-from ..spurious.settings import require
 from .checkpoints import Checkpoint
 from .segmentation import SegmentationResult, Validation, processes, resized, slide
-from .zero_shot_sets import IMAGENET, SETS, TEMPLATES, Names, WordSet
+from .settings import ZeroShotSettings
+from .zero_shot_sets import SETS, TEMPLATES, Names, WordSet
 
 PUBLISHED_WINDOW = 224
 PROMPTS = 256
 """Prompts the text tower takes at once."""
-
-
-@dataclass
-class ZeroShotSettings:
-    """Protocol of zero-shot segmentation; unset sizes follow SCLIP and the tower.
-
-    Raises:
-        ValueError: a value is outside its range.
-    """
-
-    variant: str | None = field(
-        default=None,
-        metadata={
-            "help": "How patches are brought to words: CLIP has plain, maskclip, sclip, "
-            "clearclip and naclip, SigLIP has value. Unset: naclip, value."
-        },
-    )
-    classes_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text file with a line for each class in the order of the labels: its "
-            "name, and synonyms behind commas. Unset: the data set's, or dataset.json's."
-        },
-    )
-    templates: str = field(
-        default=IMAGENET,
-        metadata={
-            "help": "Sentences the words are put into: CLIP's 80 for ImageNet, or one.",
-            "choices": list(TEMPLATES),
-        },
-    )
-    window: int | None = field(
-        default=None,
-        metadata={
-            "help": "Side of the test window in pixels; rounded up to whole patches. "
-            "Unset: the size the tower was trained at."
-        },
-    )
-    window_stride: int | None = field(
-        default=None,
-        metadata={"help": "Step of the window in pixels. Unset: half a window."},
-    )
-    short_side: int | None = field(
-        default=None,
-        metadata={
-            "help": "Shorter side of the image in pixels, a window or more. Unset: 1.5 "
-            "windows (336 of 224), COCO-Stuff 2, Cityscapes 2.5."
-        },
-    )
-    text_scale: float | None = field(
-        default=None,
-        metadata={
-            "help": "Cosines are multiplied by this before the softmax. Unset: 40, with "
-            "background 50, VOC21 65."
-        },
-    )
-    background_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Pixels whose best class is less probable are background. Unset: 0.1 "
-            "for VOC21, Context60 and COCO-Object, else none."
-        },
-    )
-    sigma: float = field(
-        default=5.0, metadata={"help": "Width of naclip's Gaussian in patches."}
-    )
-    window_batch: int = field(
-        default=8, metadata={"help": "Windows the tower takes at once."}
-    )
-
-    def __post_init__(self) -> None:
-        choices = " or ".join(TEMPLATES)
-        require(self, "templates", self.templates in TEMPLATES, choices)
-        require(self, "sigma", self.sigma > 0, "positive")
-        require(self, "window_batch", self.window_batch >= 1, "at least 1")
-        for name in ("window", "window_stride", "short_side"):
-            value = getattr(self, name)
-            require(self, name, value is None or value >= 1, "at least 1, or unset")
-        scale, threshold = self.text_scale, self.background_threshold
-        require(self, "text_scale", scale is None or scale > 0, "positive, or unset")
-        require(
-            self,
-            "background_threshold",
-            threshold is None or 0 <= threshold < 1,
-            "in [0, 1), or unset",
-        )
 
 
 @dataclass(frozen=True)

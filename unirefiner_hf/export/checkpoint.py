@@ -86,8 +86,8 @@ def export_refined(
 
     Raises:
         ExportError: `image_size` is not a multiple of the patch size, the folder is not
-            empty, writing failed (a full disk), or `native` is asked of a model with
-            register tokens, which the plain tower has no place for.
+            empty, writing failed (a full disk), or `native` is asked of a model with register
+            tokens, which the bare backbone has no place for.
     """
     if native and model.config.num_register_tokens:
         raise ExportError(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..loading import adapter as adapter_files
-from ..methods.registry import method_named, setting_names
+from ..methods.registry import current_name, method_named, setting_names
 from ..methods.settings import MethodSettings
 from ..modeling.errors import UniRefinerError
 
 RECORD, METRICS, PICTURE = "run.json", "metrics.json", "before_after.png"
 ADAPTER, MERGED, PUBLISHED, SNAPSHOTS = "adapter", "merged", "published", "snapshots"
-EVALUATION = "evaluation.json"
+EVALUATION, EVALUATION_FORMAT = "evaluation.json", 1
 """Beside a merged checkpoint."""
 CHECKPOINT, STAGING = "checkpoint-", ".unfinished"
 TRAINER_STATE, REFINER_STATE = "trainer_state.json", "refiner_state.json"
@@ -25,6 +24,7 @@ OPTIMIZER_STATE, SCHEDULER_STATE = "optimizer.safetensors", "scheduler.safetenso
 LAST = "last-checkpoint"
 """On the Hub, the newest checkpoint of a run in progress."""
 FORMAT = 1
+"""Of the record."""
 
 
 class RunFolderError(UniRefinerError):
@@ -117,8 +117,13 @@ def recorded_method(run: Path) -> str | None:
     """Name of the method that made a run's model, None where no record says."""
     if not is_run(run):
         return None
-    name = read_record(run).get("method", {}).get("name")
-    return None if name is None else method_named(name).name
+    method = read_record(run).get("method")
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        raise RunFolderError(
+            f"{run / RECORD} names no method: put the record of the run back, or move the "
+            "model out of its folder."
+        )
+    return current_name(method["name"])
 
 
 def recorded_settings(record: dict[str, Any]) -> MethodSettings:
@@ -127,13 +132,6 @@ def recorded_settings(record: dict[str, Any]) -> MethodSettings:
     kind = method_named(values.pop("name"))
     known = setting_names(kind)
     return kind(**{name: value for name, value in values.items() if name in known})
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(draft, path)
 
 
 def read_evaluation(file: Path) -> list[dict[str, Any]]:
@@ -145,9 +143,11 @@ def read_evaluation(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     content = json.loads(file.read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT:
+    if content.get("format") != EVALUATION_FORMAT:
         raise UniRefinerError(
-            f"{file} is of format {content.get('format')!r}, expected {FORMAT}."
+            f"{file} is of format {content.get('format')!r}, expected "
+            f"{EVALUATION_FORMAT}: move it away, or use the version of unirefiner_hf that "
+            "wrote it."
         )
     return content["entries"]
 

@@ -54,7 +54,7 @@ class BackboneArguments:
         metadata={
             "help": "Keep the frozen layers in fewer bits: 'nf4' (about a quarter of "
             "bfloat16) or 'int8' (half), through bitsandbytes; for small cards. The "
-            "merge is into the unquantised base. Unset: not.",
+            "merge is into the unquantised base. Unset: no.",
             "choices": list(QUANTIZATIONS),
         },
     )
@@ -76,8 +76,8 @@ class BackboneArguments:
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side of the square the images are resized to, in pixels; a multiple "
-            "of the patch size. Unset: the size the backbone was trained at."
+            "help": "Side of the square images in pixels; a multiple of the patch size. "
+            "Unset: as in pretraining."
         },
     )
     final_norm: bool | None = field(
@@ -89,15 +89,12 @@ class BackboneArguments:
     )
     register_factor: int = field(
         default=32,
-        metadata={
-            "help": "The border of registers is max(1, side in patches // this) patches "
-            "wide."
-        },
+        metadata={"help": "The border is a side in patches // this wide, 1 at least."},
     )
     register_fill: str = field(
         default="zero",
         metadata={
-            "help": "Pixels of the border of registers.",
+            "help": "Pixels of the border.",
             "choices": list(FILLS),
         },
     )

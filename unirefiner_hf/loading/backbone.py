@@ -21,6 +21,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..errors import UniRefinerError, as_users
+from ..modeling.configuration_unirefiner import UniRefinerConfig
+from ..modeling.families import DUAL_ENCODERS, family_of, image_size_of
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -29,13 +31,7 @@ from ..modeling.text_side import (
     find_text_side,
     load_text_side,
 )
-from ..modeling.towers import (
-    DUAL_ENCODERS,
-    family_of,
-    image_size_of,
-    load_tower,
-    tower_config,
-)
+from ..modeling.towers import load_tower, tower_config
 from .arguments import BackboneArguments
 from .float8 import use_float8
 from .quantized import quantization
@@ -91,9 +87,9 @@ def load_backbone(
     """The register model round a backbone, nothing in it trainable yet.
 
     Args:
-        model: see `Model`. One in memory is copied, so that it stays as it is; of a
-            `UniRefinerModel` the backbone, the fill of its border and `final_norm` are
-            taken.
+        model: see `Model`. One in memory is copied, so that it stays as it is. Of a
+            `UniRefinerModel`, in memory or saved, the backbone, the fill of its border and
+            `final_norm` are taken.
         dtype: of the frozen weights.
         num_register_tokens: learned tokens that join the sequence.
         processor: its image processor; None: from the model's own files.
@@ -113,8 +109,13 @@ def load_backbone(
                 f"revision is {args.revision!r}, and {name} is a folder: {IN_MEMORY['revision']}. "
                 "Leave it out."
             )
-        tower = _read_tower(model, source, args, dtype)
         text_side = _text_side(args, source)
+        refined = _read_refined(source, args)
+        if refined is None:
+            tower = _read_tower(model, source, args, dtype)
+        else:
+            fill, final_norm = _settings_of(refined, args)
+            tower = bare_tower(refined).to(dtype)  # type: ignore[arg-type]
     else:
         source, name = _origin(model)
         _check_in_memory(args)
@@ -185,17 +186,55 @@ def weightless_tower(model: str | Path, args: BackboneArguments) -> PreTrainedMo
     config = tower_config(
         source, revision=args.revision, trust_remote_code=args.trust_remote_code
     )
+    if config.model_type == UniRefinerConfig.model_type:
+        config = config.vision_config
     family_of(config)
     dual = config.model_type in DUAL_ENCODERS
-    # Flash attention of any package is counted as that of PyTorch.
-    asked = args.attn_implementation
-    attention = "sdpa" if asked is not None and "flash" in asked else asked
     with torch.device("meta"):
         return AutoModel.from_config(
             config.vision_config if dual else config,
-            attn_implementation=attention,
+            attn_implementation=_counted(args.attn_implementation),
             trust_remote_code=args.trust_remote_code,
         )
+
+
+def weightless_backbone(
+    model: Model,
+    args: BackboneArguments,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_register_tokens: int = 0,
+) -> tuple[UniRefinerModel, str, int]:
+    """What `load_backbone` makes of the same, on the meta device: a config is enough.
+
+    Frozen layers are neither quantised nor in float8.
+
+    Returns:
+        The register model, its backbone's name, and the side of the images in pixels.
+
+    Raises:
+        UniRefinerError: as `load_backbone`, of what the config tells.
+    """
+    fill, final_norm = args.register_fill, args.final_norm
+    if isinstance(model, (str, Path)):
+        name = backbone_source(model)[1]
+        tower = weightless_tower(model, args)
+    else:
+        name = _origin(model)[1]
+        _check_in_memory(args)
+        fill, final_norm = _settings_of(model, args)
+        inner = bare_tower(model)
+        with torch.device("meta"):
+            tower = type(inner)(copy.deepcopy(inner.config))  # type: ignore[arg-type]
+        asked = args.attn_implementation or inner.config._attn_implementation
+        _set_attention(tower, _counted(asked))
+    framed = UniRefinerModel.from_tower(
+        tower.to(dtype),  # type: ignore[arg-type]
+        register_fill=fill,
+        final_norm=takes_final_norm(tower.config) if final_norm is None else final_norm,
+        num_register_tokens=num_register_tokens,
+    )
+    return framed, name, image_size(args.image_size, tower.config, framed.patch_size)
 
 
 def copied_tower(
@@ -204,8 +243,20 @@ def copied_tower(
     """A copy of a model's backbone, on the CPU; the model stays as it is.
 
     Raises:
-        BackboneError: a `UniRefinerModel` whose register tokens the copy would lose, or
-            that an adapter is round already.
+        BackboneError: see `bare_tower`.
+    """
+    copied: Any = copy.deepcopy(bare_tower(model))
+    copied.to(device="cpu", dtype=dtype)
+    _set_attention(copied, attn_implementation)
+    return copied.train(False)
+
+
+def bare_tower(model: PreTrainedModel) -> PreTrainedModel:
+    """The backbone of a model: itself, its vision half, or what a border is round.
+
+    Raises:
+        BackboneError: a `UniRefinerModel` with register tokens in its sequence, or that an
+            adapter is round already.
     """
     tower: Any = model
     if isinstance(model, UniRefinerModel):
@@ -223,11 +274,18 @@ def copied_tower(
     if tower.config.model_type in DUAL_ENCODERS:
         tower = tower.vision_model
     family_of(tower.config)
-    copied = copy.deepcopy(tower).to(device="cpu", dtype=dtype)
-    if attn_implementation is not None:
+    return tower
+
+
+def _set_attention(tower: PreTrainedModel, name: str | None) -> None:
+    if name is not None:
         with as_users("attn_implementation"):
-            copied.set_attn_implementation(attn_implementation)
-    return copied.train(False)
+            tower.set_attn_implementation(name)
+
+
+def _counted(attention: str | None) -> str | None:
+    """Flash attention of any package is counted as that of PyTorch."""
+    return "sdpa" if attention is not None and "flash" in attention else attention
 
 
 def load_processor(source: str, **options: Any) -> Any:
@@ -297,6 +355,24 @@ def image_size(asked: int | None, config: PreTrainedConfig, patch: int) -> int:
             f"{low} or {low + patch}."
         )
     return size
+
+
+def _read_refined(source: str, args: BackboneArguments) -> UniRefinerModel | None:
+    """A checkpoint of ours to refine once more, None where it is another's."""
+    place: dict[str, Any] = {
+        "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if tower_config(source, **place).model_type != UniRefinerConfig.model_type:
+        return None
+    if args.base_quantization is not None:
+        raise BackboneError(
+            f"base_quantization is {args.base_quantization!r}, and {Path(source).name} is a "
+            "refined checkpoint, which is read whole. Leave it out."
+        )
+    return UniRefinerModel.from_pretrained(
+        source, attn_implementation=args.attn_implementation, **place
+    )
 
 
 def _read_tower(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from dataclasses import dataclass
 
@@ -17,13 +19,66 @@ from .options import TrainingOptions
 PUBLISHED_BATCH = 16
 """Images a step at which the published learning rate holds."""
 
+_NOTHING = "a run measures nothing beside its loss: use evaluate on what it leaves"
+_NO_LABELS = "the images have no labels"
+_NO_TEXT = "it is for language models"
+_COMPILING = (
+    "it would compile the filters too, which depend on values: use compile_layers, which "
+    "compiles the backbone's layers"
+)
+_BFLOAT16 = "use bf16, which needs no loss scaling"
+REFUSED = {
+    "auto_find_batch_size": "the learning rate follows the batch: set "
+    "per_device_train_batch_size to what unirefiner estimate finds to fit",
+    "average_tokens_across_devices": _NO_TEXT,
+    "batch_eval_metrics": _NOTHING,
+    "bf16_full_eval": _NOTHING,
+    "do_eval": _NOTHING,
+    "do_predict": _NOTHING,
+    "do_train": "a run trains anyway",
+    "enable_jit_checkpoint": "SIGTERM leaves a checkpoint anyway",
+    "eval_accumulation_steps": _NOTHING,
+    "eval_delay": _NOTHING,
+    "eval_do_concat_batches": _NOTHING,
+    "eval_on_start": _NOTHING,
+    "eval_steps": _NOTHING,
+    "eval_strategy": _NOTHING,
+    "eval_use_gather_object": _NOTHING,
+    "fp16": _BFLOAT16,
+    "fp16_full_eval": _BFLOAT16,
+    "greater_is_better": _NOTHING,
+    "hub_revision": "checkpoints go to the main branch",
+    "include_for_metrics": _NOTHING,
+    "include_num_input_tokens_seen": _NO_TEXT,
+    "label_names": _NO_LABELS,
+    "label_smoothing_factor": _NO_LABELS,
+    "length_column_name": "all images are of one size",
+    "liger_kernel_config": _NO_TEXT,
+    "load_best_model_at_end": _NOTHING,
+    "local_rank": "the launcher says it",
+    "metric_for_best_model": _NOTHING,
+    "neftune_noise_alpha": _NO_TEXT,
+    "parallelism_config": "a layer is not parted: launch with ddp.yaml, zero2.yaml, "
+    "zero3.yaml or fsdp.yaml of recipes/accelerate",
+    "per_device_eval_batch_size": _NOTHING,
+    "prediction_loss_only": _NOTHING,
+    "remove_unused_columns": "the images are the only input",
+    "resume_from_checkpoint": "use resume, or train(resume_from_checkpoint=...)",
+    "torch_compile": _COMPILING,
+    "torch_compile_backend": _COMPILING,
+    "torch_compile_mode": _COMPILING,
+    "use_cache": _NO_TEXT,
+    "use_liger_kernel": _NO_TEXT,
+}
+"""Fields of `TrainingArguments` that a run does not read -> why, or what to use instead."""
+
 
 @dataclass
-class UniRefinerArguments(
+class UniRefinerArguments(  # type: ignore[misc]
     TrainingOptions,
     DataArguments,
     BackboneArguments,
-    TrainingArguments,  # type: ignore[misc]
+    TrainingArguments,
 ):
     """Arguments of a run: ``UniRefinerArguments("runs/mine", max_steps=75)``.
 
@@ -44,30 +99,14 @@ class UniRefinerArguments(
         self.check_backbone()
         self.check_data()
         if not self.output_dir:
-            raise UniRefinerError("output_dir is not set: name a folder for the run.")
-        if self.fp16:
             raise UniRefinerError(
-                "fp16 is not supported: use bf16, which needs no loss scaling."
+                "output_dir is not set: name a folder for the run (--output-dir)."
             )
+        self._check_training()
         if self.push_to_hub and "/" not in (self.hub_model_id or ""):
             raise UniRefinerError(
                 f"push_to_hub needs hub_model_id, as user/name; it is {self.hub_model_id!r}."
             )
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise UniRefinerError(
-                "torch_compile would compile the filters too, which depend on values: use "
-                "compile_layers, which compiles the tower's layers."
-            )
-        require(self, "learning_rate", self.learning_rate > 0, "positive")
-        share = self.final_lr_share
-        require(
-            self,
-            "final_lr_share",
-            share is None or 0 < share <= 1,
-            "in (0, 1], or unset",
-        )
-        require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")
-        require(self, "remove_unused_columns", not self.remove_unused_columns, "false")
         if self.bf16 is None:
             self.bf16 = (
                 not self.use_cpu
@@ -79,11 +118,62 @@ class UniRefinerArguments(
             self.dataloader_num_workers = min(4, os.cpu_count() or 1) if gpu else 0
         if self.ddp_backend is None and needs_gloo():
             self.ddp_backend = "gloo"
-        with as_users():
+        with as_users("arguments of the run"):
             TrainingArguments.__post_init__(self)
+
+    def _check_training(self) -> None:
+        """Refuse what a run does not read, and numbers that are out of range."""
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), _default(field)
+            # HfArgumentParser takes "no" for False.
+            unset = value == default or (value is False and default == "no")
+            if field.name in REFUSED and not unset:
+                raise UniRefinerError(
+                    f"{field.name} is {value!r}, which is not "
+                    f"supported: {REFUSED[field.name]}."
+                )
+        rate, epochs, share = (
+            self.learning_rate,
+            self.num_train_epochs,
+            self.final_lr_share,
+        )
+        positive = "finite and positive"
+        require(self, "learning_rate", 0 < rate < math.inf, positive)
+        require(self, "num_train_epochs", 0 < epochs < math.inf, positive)
+        require(
+            self,
+            "max_steps",
+            self.max_steps == -1 or self.max_steps >= 1,
+            "at least 1, or -1 for num_train_epochs",
+        )
+        require(
+            self,
+            "final_lr_share",
+            share is None or 0 < share <= 1,
+            "in (0, 1], or unset",
+        )
+        require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")
+        require(
+            self,
+            "save_strategy",
+            self.save_strategy != "best",
+            "no, steps or epoch: a run measures nothing to know the best",
+        )
+        require(
+            self,
+            "train_sampling_strategy",
+            self.train_sampling_strategy in ("random", "sequential"),
+            "random or sequential: all images are of one size",
+        )
 
     def scaled_learning_rate(self, total_batch: int) -> float:
         """The learning rate for a total batch, linear with the published one at 16."""
         if not self.scale_learning_rate:
             return self.learning_rate
         return self.learning_rate * total_batch / PUBLISHED_BATCH
+
+
+def _default(field: dataclasses.Field) -> object:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

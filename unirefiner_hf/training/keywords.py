@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UniRefinerError
-from ..methods.registry import check_setting, method_kind, methods_with, setting_names
+from ..methods.registry import (
+    check_setting,
+    method_kind,
+    method_settings,
+    methods_with,
+    setting_names,
+)
 from ..methods.settings import MethodSettings
 from .arguments import UniRefinerArguments
 
@@ -42,3 +49,30 @@ def split_keywords(
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UniRefinerError(f"There is no argument or setting {name!r}{hint}")
     return own, of_method
+
+
+def settle(
+    args: UniRefinerArguments | None,
+    method: str | MethodSettings | type[MethodSettings],
+    fields: Mapping[str, Any],
+) -> tuple[UniRefinerArguments, MethodSettings]:
+    """Own copies of the arguments and settings, the keywords among them.
+
+    Raises:
+        UniRefinerError: a field that is given twice, or what is no arguments; as
+            `split_keywords` and `method_settings`.
+    """
+    own, of_method = split_keywords(method, fields)
+    if args is None:
+        args = UniRefinerArguments(**own)
+    elif not isinstance(args, UniRefinerArguments):
+        raise UniRefinerError(
+            f"args is a {type(args).__name__}: give UniRefinerArguments(...), which takes "
+            "the fields of TrainingArguments too."
+        )
+    elif own:
+        name = next(iter(own))
+        raise UniRefinerError(
+            f"{name} is given twice: in args and as a keyword. Set it in args."
+        )
+    return copy.copy(args), method_settings(method, of_method)

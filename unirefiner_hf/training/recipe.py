@@ -1,26 +1,11 @@
-"""Recipes: flat YAML whose keys are the fields of dataclasses.
-
-YAML is read for its structure only. What a value means is decided by the type of the
-field, so ``1e-4`` is a number, ``no`` stays the word where a word is wanted, and
-``0123`` is no octal.
-"""
+"""Recipes: flat YAML whose keys are fields of the arguments and of a method."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
-
-import yaml
-from transformers import HfArgumentParser
+from typing import Any
 
 from ..errors import UniRefinerError
 from ..methods.registry import check_setting, method_named, methods_with, setting_names
@@ -28,80 +13,16 @@ from ..methods.settings import MethodSettings
 from ..resources import find_recipe
 from ..results import Result, Table
 from .arguments import UniRefinerArguments
-from .keywords import ARGUMENTS
-
-Values = list[str] | None
-"""What stands behind a key: words, or nothing (null)."""
-
-_NULLS = ("null", "none", "~")
-
-
-class RecipeError(UniRefinerError):
-    """A recipe or an option is wrong; the message names key, value and remedy."""
-
-
-class _MappingLoader(yaml.SafeLoader):
-    """Types the values of a nested mapping; unlike YAML 1.1, ``1e-4`` is a number."""
-
-
-_MappingLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
+from .fields import (
+    RecipeError,
+    Values,
+    build_arguments,
+    is_null,
+    nearest,
+    read_recipe,
+    to_words,
 )
-
-
-def field_types(dataclass_types: Sequence[type]) -> dict[str, Any]:
-    """Field name -> resolved type, over all dataclasses.
-
-    Raises:
-        RecipeError: two dataclasses have a field of the same name.
-    """
-    types: dict[str, Any] = {}
-    for dataclass_type in dataclass_types:
-        hints = get_type_hints(dataclass_type)
-        for field in dataclasses.fields(dataclass_type):
-            if not field.init:
-                continue
-            if field.name in types:
-                raise RecipeError(f"two dataclasses have a field {field.name!r}.")
-            types[field.name] = hints[field.name]
-    return types
-
-
-def read_recipe(path: str | Path) -> dict[str, Values]:
-    """Keys of a YAML file and the words behind them, untyped.
-
-    A mapping becomes one word of JSON.
-
-    Raises:
-        RecipeError: not YAML, not a flat mapping, or a key that stands there twice.
-    """
-    path = Path(path)
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise RecipeError(f"{path.name} is not valid YAML: {problem}") from problem
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path.name} has to be a mapping of 'key: value' lines.")
-    values: dict[str, Values] = {}
-    for key_node, node in root.value:
-        key = str(key_node.value)
-        if key in values:
-            line = key_node.start_mark.line + 1
-            raise RecipeError(f"{path.name}, line {line}: {key!r} stands there twice.")
-        values[key] = _words(node)
-    return values
-
-
-def _words(node: yaml.Node) -> Values:
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else [str(node.value)]
-    if isinstance(node, yaml.SequenceNode):
-        return [word for item in node.value for word in _words(item) or ["null"]]
-    return [json.dumps(yaml.load(yaml.serialize(node), Loader=_MappingLoader))]
+from .keywords import ARGUMENTS
 
 
 @dataclass(frozen=True)
@@ -168,9 +89,11 @@ def load_recipe(recipe: str | Path | None = None, /, **fields: Any) -> Recipe:
 
 
 def recipe_of_words(
-    recipe: str | Path | None, overrides: Mapping[str, Values]
+    recipe: str | Path | None,
+    overrides: Mapping[str, Values],
+    defaults: Mapping[str, Values] | None = None,
 ) -> Recipe:
-    """`load_recipe` with the words of a command line."""
+    """`load_recipe` with the words of a command line, and what holds where none says."""
     path = None if recipe is None else find_recipe(str(recipe))
     told = {} if path is None else read_recipe(path)
     before, after = _method_of(told), _method_of({**told, **overrides})
@@ -182,7 +105,7 @@ def recipe_of_words(
         where = "" if source is None else f"{source.name}: "
         for key in keys:
             _check_key(key, after, where)
-    values = {**told, **overrides}
+    values = {**(defaults or {}), **told, **overrides}
     places = {key: values.pop(key, None) for key in ("model", "data", "method")}
     args, settings = build_arguments(values, (UniRefinerArguments, after))
     return Recipe(
@@ -202,7 +125,7 @@ def _method_of(values: Mapping[str, Values]) -> type[MethodSettings]:
 
 
 def _one_word(key: str, words: Values) -> str | None:
-    if words is None or _is_null(words):
+    if words is None or is_null(words):
         return None
     if len(words) != 1:
         given = " ".join(words) or "without a value"
@@ -229,127 +152,3 @@ def _check_key(key: str, method: type[MethodSettings], where: str) -> None:
     raise RecipeError(
         f"{where}unknown key {key!r}{nearest(key, (*known, *setting_names(method)))}"
     )
-
-
-def to_words(value: Any) -> Values:
-    """A value of Python as a recipe writes it."""
-    if value is None:
-        return None
-    if isinstance(value, bool):
-        return [str(value).lower()]
-    if isinstance(value, Enum):
-        return [str(value.value)]
-    if isinstance(value, Mapping):
-        return [json.dumps(value)]
-    if isinstance(value, (list, tuple)):
-        return [word for item in value for word in to_words(item) or ["null"]]
-    return [str(value)]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message on an unknown name."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
-
-
-def build_arguments(
-    values: Mapping[str, Values], dataclass_types: Sequence[type]
-) -> tuple[Any, ...]:
-    """Instances of the dataclasses, in order; types come from their fields.
-
-    Args:
-        values: key -> words.
-
-    Raises:
-        RecipeError: a required key is missing, or a value is not of the field's type;
-            names key, value and what was expected.
-        UniRefinerError: a value its dataclass refuses.
-    """
-    expected = expected_values(dataclass_types)
-    missing = [key for key in _required(dataclass_types) if key not in values]
-    if missing:
-        raise RecipeError(
-            f"{missing[0]} is missing ({expected[missing[0]]}): add it to the recipe, or "
-            f"give --{missing[0]}."
-        )
-    types = field_types(dataclass_types)
-    parser = HfArgumentParser(
-        dataclass_types,  # type: ignore[arg-type]
-        allow_abbrev=False,
-        add_help=False,
-        exit_on_error=False,
-    )
-    tokens: list[str] = []
-    for key, words in values.items():
-        if words is None or (_optional(types[key]) and _is_null(words)):
-            if not _optional(types[key]):
-                raise RecipeError(f"{key} is null; expected {expected[key]}.")
-            parser.set_defaults(**{key: None})
-            continue
-        if not words and _holds(types[key], bool):
-            words = ["true"]
-        if not words or (len(words) > 1 and not _holds(types[key], list)):
-            given = " ".join(words) or "without a value"
-            raise RecipeError(f"{key} is {given}; expected {expected[key]}.")
-        # Glued to its option, a single word may start with a dash.
-        tokens += [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
-    try:
-        return parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
-    except argparse.ArgumentError as problem:
-        key = str(problem.argument_name).split("/")[0].removeprefix("--")
-        given = " ".join(values[key] or ())
-        raise RecipeError(f"{key} is {given!r}; expected {expected[key]}.") from problem
-
-
-def expected_values(dataclass_types: Sequence[type]) -> dict[str, str]:
-    """Field name -> what it takes, in words: ``int``, ``'zero' or 'rand'``."""
-    expected = {
-        key: _type_name(annotation)
-        for key, annotation in field_types(dataclass_types).items()
-    }
-    for dataclass_type in dataclass_types:
-        for field in dataclasses.fields(dataclass_type):
-            if "choices" in field.metadata:
-                expected[field.name] = " or ".join(map(repr, field.metadata["choices"]))
-    return expected
-
-
-def _required(dataclass_types: Sequence[type]) -> list[str]:
-    return [
-        field.name
-        for dataclass_type in dataclass_types
-        for field in dataclasses.fields(dataclass_type)
-        if field.init
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-
-
-def _is_null(words: list[str]) -> bool:
-    return len(words) == 1 and words[0].lower() in _NULLS
-
-
-def _optional(annotation: Any) -> bool:
-    return type(None) in get_args(annotation)
-
-
-def _holds(annotation: Any, kind: type) -> bool:
-    """Whether a type is `kind` or a union that allows it."""
-    parts = get_args(annotation) if _is_union(annotation) else (annotation,)
-    return any((get_origin(part) or part) is kind for part in parts)
-
-
-def _is_union(annotation: Any) -> bool:
-    return get_origin(annotation) in (Union, UnionType)
-
-
-def _type_name(annotation: Any) -> str:
-    if annotation is type(None):
-        return "null"
-    if _is_union(annotation):
-        return " or ".join(_type_name(part) for part in get_args(annotation))
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return " or ".join(repr(member.value) for member in annotation)
-    if get_origin(annotation) is None:
-        return annotation.__name__
-    return str(annotation)

@@ -96,7 +96,7 @@ def finished_record(
 ) -> dict[str, Any]:
     """The record with what is known after the last step."""
     record, state = trainer.record, trainer.state
-    epochs = state.epoch
+    epochs: float | None = state.epoch
     if isinstance(trainer.train_dataset, RefinementStream):
         images = trainer.args.max_images
         seen = state.global_step * trainer.total_batch

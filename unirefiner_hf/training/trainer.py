@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -43,7 +42,6 @@ from ..export.run_folder import (
     read_record,
     read_refiner_state,
     recorded_method,
-    write_json,
 )
 from ..hub.push import Pushed, push
 from ..hub.sync import HubSync, fetch_last_checkpoint
@@ -54,10 +52,9 @@ from ..loading.quantized import check_device
 from ..loading.starter import starter_data
 from ..methods.base import backbone_arguments, check_arguments, load_trainable
 from ..methods.objective import Objective, Surroundings
-from ..methods.registry import method_settings
 from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..outputs import write_whole
+from ..outputs import write_json, write_whole
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.settings import FilterSettings
 from ..spurious.similarity import gather_tokens
@@ -76,7 +73,7 @@ from .distributed import (
     lost_contact,
     wait_for_all,
 )
-from .keywords import split_keywords
+from .keywords import settle
 from .record import finished_record, metrics_of, started_record
 
 logger = logging.get_logger(__name__)
@@ -162,7 +159,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         processing_class: BaseImageProcessor | None = None,
         **fields: Any,
     ) -> None:
-        args, settings = _arguments(args, method, fields)
+        args, settings = settle(args, method, fields)
         for name, value in (("model", model), ("train_dataset", train_dataset)):
             if value is None:
                 raise RunError(
@@ -335,10 +332,10 @@ class UniRefinerTrainer(RefinementCheckpoints):
                     raise
                 raise self._lost(problem) from problem
         if self.graceful_stop.received is not None:
-            left = checkpoint_name(last_checkpoint_step(self.folder) or 0)
+            name = checkpoint_name(last_checkpoint_step(self.folder) or 0)
             raise Interrupted(
-                f"Stopped by {self.graceful_stop.received}; {left} was left. "
-                "Continue with --resume."
+                f"Stopped by {self.graceful_stop.received}; {name} was left. Continue with "
+                "--resume."
             )
         return output
 
@@ -376,8 +373,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         comparison = None
         if self.shown:
             device, mask = self.args.device, self.refiner.channel_mask
-            own = self.settings
-            filters = own if isinstance(own, FilterSettings) else FilterSettings()
+            given = self.settings
+            filters = given if isinstance(given, FilterSettings) else FilterSettings()
             comparison = compare(
                 model, self.shown, self.reference.to(device), filters, width, mask
             )
@@ -629,28 +626,6 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `HubSync` uploads when the checkpoint is whole."""
-
-
-def _arguments(
-    args: UniRefinerArguments | None,
-    method: str | MethodSettings,
-    fields: dict[str, Any],
-) -> tuple[UniRefinerArguments, MethodSettings]:
-    """Own copies of the arguments and settings, the keywords among them."""
-    own, of_method = split_keywords(method, fields)
-    if args is None:
-        args = UniRefinerArguments(**own)
-    elif not isinstance(args, UniRefinerArguments):
-        raise RunError(
-            f"args is a {type(args).__name__}: give UniRefinerArguments(...), which takes "
-            "the fields of TrainingArguments too."
-        )
-    elif own:
-        name = next(iter(own))
-        raise RunError(
-            f"{name} is given twice: in args and as a keyword. Set it in args."
-        )
-    return copy.copy(args), method_settings(method, of_method)
 
 
 def _check_together(args: UniRefinerArguments) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ class Distillation(Objective):
     control, so a refined model is worth what it adds to this one.
     """
 
-    LOSS_TERMS = ("loss_regu", "loss_scd")
-    METRICS = (*LOSS_TERMS, "theta", "clean_ratio")
+    LOSS_TERMS: ClassVar[tuple[str, ...]] = ("loss_regu", "loss_scd")
+    METRICS: ClassVar[tuple[str, ...]] = (*LOSS_TERMS, "theta", "clean_ratio")
 
     def forward(self, pixel_values: Tensor, progress: float = 1.0) -> dict[str, Tensor]:
         """The loss of one batch; see `Objective.forward`.
