@@ -34,12 +34,17 @@ class ExportError(UniRefinerError, RuntimeError):
 
 
 def is_ours(folder: str | Path) -> bool:
-    """Whether a folder holds a checkpoint that this package wrote, and no run."""
+    """Whether a folder holds a checkpoint that this package wrote, and no run.
+
+    A card alone does not tell: the weights that it names have to be there.
+    """
     readme = Path(folder) / "README.md"
     if not readme.is_file() or is_run(Path(folder)):
         return False
     text = readme.read_text(encoding="utf-8", errors="replace")
-    return METADATA in ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    told = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get(METADATA)
+    weights = (told.get("weights") if isinstance(told, dict) else None) or ()
+    return bool(weights) and all((Path(folder) / name).is_file() for name in weights)
 
 
 def export_refined(
