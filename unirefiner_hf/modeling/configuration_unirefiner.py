@@ -114,6 +114,9 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             DPT heads want.
         num_register_tokens: learned tokens that join the sequence inside the tower and
             are thrown away with the frame (PH-Reg, arXiv 2505.21501).
+        method: name of the refinement method that made the weights (``unirefiner``,
+            ``ph_reg``, ``distillation``, ...); None: a bare backbone, or a file of a
+            version that did not say.
         format_version: version of this file format; 2 at least with register tokens.
 
     ``out_features`` (or ``out_indices``) names the stages a backbone returns: ``stem``,
@@ -137,6 +140,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     num_register_tokens: int = 0
+    method: str | None = None
     format_version: int = 1
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
