@@ -17,8 +17,8 @@ from benchmarks.planted_methods import (
     summary,
     table,
 )
-from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf import UniRefinerArguments, load_recipe
+from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.methods.registry import METHODS, method_named
 
 WORDS = ["--steps", "1", "--size", "24", "--batch", "2", "--probes", "2"]

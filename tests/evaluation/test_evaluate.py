@@ -15,8 +15,8 @@ from unirefiner_hf.evaluation import checkpoints as loading
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.depth import DepthSettings
 from unirefiner_hf.evaluation.evaluate import ArgumentError
-from unirefiner_hf.export.run_folder import read_evaluation
 from unirefiner_hf.evaluation.segmentation import SegmentationSettings
+from unirefiner_hf.export.run_folder import read_evaluation
 from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.outputs import OutputError

@@ -12,8 +12,8 @@ from tests.training.conftest import refine, save_tiny_tower
 from tests.training.test_run import DEMANDING, adapter, losses
 from unirefiner_hf.evaluation.checkpoints import check_same_tower, load_checkpoint
 from unirefiner_hf.export.checkpoint import ExportError
-from unirefiner_hf.export.reload_check import check_reload, encode, example_pixels
 from unirefiner_hf.export.merge import load_refined, merge
+from unirefiner_hf.export.reload_check import check_reload, encode, example_pixels
 from unirefiner_hf.export.run_folder import read_run
 from unirefiner_hf.loading.adapter import load_adapter
 from unirefiner_hf.methods.ph_reg.settings import PHRegSettings

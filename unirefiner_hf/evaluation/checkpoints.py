@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..export.card import written_method
 from ..export.run_folder import MERGED, is_run, recorded_method
 from ..loading.backbone import load_processor, normalisation, takes_final_norm
 from ..loading.starter import NAME as STARTER
@@ -313,7 +314,7 @@ def _locate(source: str) -> tuple[str, Path | None, str | None]:
                 f"{path} holds no model: there is no config.json. Name a finished run, a "
                 "merged checkpoint or a backbone."
             )
-        return str(path), path, recorded_method(run)
+        return str(path), path, written_method(path) or recorded_method(run)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise CheckpointMismatchError(f"{source}: there is no such folder.")
     return source, None, None
