@@ -17,8 +17,8 @@ from .fields import (
     RecipeError,
     Values,
     build_arguments,
+    check_keys,
     is_null,
-    nearest,
     read_recipe,
     to_words,
 )
@@ -80,7 +80,8 @@ def load_recipe(recipe: str | Path | None = None, /, **fields: Any) -> Recipe:
             the recipe's, settings of the recipe that it does not read are left out.
 
     Raises:
-        RecipeError: no such recipe or key (names the nearest valid one), a setting of
+        RecipeNotFoundError: no such recipe.
+        RecipeError: no such key (names the nearest valid one), a setting of
             another method, a value of another type, or as `read_recipe`.
         UniRefinerError: a value that is out of its range.
     """
@@ -141,14 +142,10 @@ def _unread(key: str, method: type[MethodSettings]) -> bool:
 
 
 def _check_key(key: str, method: type[MethodSettings], where: str) -> None:
-    known = ("model", "data", "method", *ARGUMENTS)
-    if key in known or key in setting_names(method):
-        return
-    if methods_with(key):
+    known = ("model", "data", "method", *ARGUMENTS, *setting_names(method))
+    if key not in known and methods_with(key):
         try:
             check_setting(method, key)
         except UniRefinerError as problem:
             raise RecipeError(f"{where}{problem}") from None
-    raise RecipeError(
-        f"{where}unknown key {key!r}{nearest(key, (*known, *setting_names(method)))}"
-    )
+    check_keys([key], known, where)
