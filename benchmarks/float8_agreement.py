@@ -28,11 +28,12 @@ from unirefiner_hf.loading.starter import (
     starter_tower,
     whole_photographs,
 )
-from unirefiner_hf.methods.unirefiner.objective import LOSS_TERMS, UniRefiner
+from unirefiner_hf.methods.unirefiner.objective import UniRefiner
 from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
 
+TERMS = UniRefiner.LOSS_TERMS
 READINGS = ("float32", "bfloat16", "float8")
 
 
@@ -48,9 +49,9 @@ class Watched(UniRefiner):
         return found
 
     @contextmanager
-    def _without_gradient(self) -> Iterator[None]:
+    def without_gradient(self) -> Iterator[None]:
         mixed = self.reading == "bfloat16"
-        with super()._without_gradient():
+        with super().without_gradient():
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 yield
 
@@ -89,21 +90,21 @@ def main() -> None:
     pixels = torch.cat(images[: options.images])
     readings = {name: build(name, [5, 6], size) for name in READINGS}
     agreed = {name: 0.0 for name in READINGS}
-    change = {name: dict.fromkeys(LOSS_TERMS, 0.0) for name in READINGS}
-    size_of = dict.fromkeys(LOSS_TERMS, 0.0)
+    change = {name: dict.fromkeys(TERMS, 0.0) for name in READINGS}
+    size_of = dict.fromkeys(TERMS, 0.0)
     for number in range(options.steps):
         found = {}
         for name, objective in readings.items():
             torch.manual_seed(number)
             out = objective(pixels, 1.0)
-            terms = {term: out[term].item() for term in LOSS_TERMS}
+            terms = {term: out[term].item() for term in TERMS}
             found[name] = terms, objective.mask
         exact, mask = found["float32"]
-        for term in LOSS_TERMS:
+        for term in TERMS:
             size_of[term] += abs(exact[term]) / options.steps
         for name, (out, other) in found.items():
             agreed[name] += (mask == other).float().mean().item() / options.steps
-            for term in LOSS_TERMS:
+            for term in TERMS:
                 off = abs(out[term] - exact[term])
                 change[name][term] += off / options.steps
     for name in READINGS[1:]:

@@ -24,7 +24,6 @@ same exactly, from the config.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from contextlib import nullcontext
@@ -32,72 +31,86 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from unirefiner_hf.training.run import OBJECTIVES
 
 from benchmarks.shapes import SHAPES
 from benchmarks.step_time import matrix_rate
-from unirefiner_hf.cli import refine
+from unirefiner_hf.errors import UniRefinerError
 from unirefiner_hf.estimation.devices import GPUS
 from unirefiner_hf.estimation.dry_run import dry_step
-from unirefiner_hf.loading.backbone import base_dtype, framed
-from unirefiner_hf.modeling.towers import DUAL_ENCODERS
-from unirefiner_hf.training.arguments import ModelArguments
+from unirefiner_hf.loading.backbone import image_size, takes_final_norm
+from unirefiner_hf.loading.float8 import use_float8
+from unirefiner_hf.methods.base import backbone_arguments, check_arguments
+from unirefiner_hf.methods.objective import LOSSES, Surroundings
+from unirefiner_hf.modeling.families import DUAL_ENCODERS
+from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.training.compiled import compile_layers
-from unirefiner_hf.training.recipe import build_arguments
+from unirefiner_hf.training.recipe import Recipe, recipe_of_words
 
 IMAGES, EPOCHS = 5000, 2
 
 
-def random_tower(model_args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The tower the arguments name, its weights random, on the default device."""
-    config = SHAPES.get(model_args.model)
-    if config is None:
-        config = AutoConfig.from_pretrained(
-            model_args.model, revision=model_args.revision
+def random_tower(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """The tower the recipe names, its weights random, on the default device."""
+    args, name = recipe.args, str(recipe.model)
+    if args.base_quantization is not None:
+        raise UniRefinerError(
+            f"base_quantization is {args.base_quantization!r}, and random weights are not "
+            "quantised here: leave it out."
         )
+    config = SHAPES.get(name)
+    if config is None:
+        config = AutoConfig.from_pretrained(name, revision=args.revision)
         if config.model_type in DUAL_ENCODERS:
             config = config.vision_config
     return AutoModel.from_config(
-        config, dtype=dtype, attn_implementation=model_args.attn_implementation
+        config, dtype=dtype, attn_implementation=args.attn_implementation
     )
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def trainable(recipe: Recipe, mixed: bool, float8: bool) -> UniRefinerModel:
+    """The register model on the default device, made trainable by the method."""
+    settings, args = recipe.method, backbone_arguments(recipe.args)
+    objective, norm = settings.objective(), args.final_norm
+    tower = random_tower(recipe, objective.base_dtype(args, mixed))
+    model = UniRefinerModel.from_tower(
+        tower,
+        register_fill=args.register_fill,
+        final_norm=takes_final_norm(tower.config) if norm is None else norm,
+        num_register_tokens=settings.num_register_tokens,
+    )
+    if float8:
+        use_float8(tower)
+    objective.attach(model, settings, args, str(recipe.model))
+    return model
+
+
+def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Build, warm up, time the steps."""
-    values = refine.recipe_values(options)
-    for name in ("data", "output_dir"):
-        values.setdefault(name, ["unused"])
-    if options.device == "cpu":
-        values["use_cpu"] = ["true"]
-    model_args, _, settings, args = build_arguments(values, refine.DATACLASSES)
+    args, settings = recipe.args, recipe.method
+    check_arguments(args, settings)
     mixed = bool(args.bf16)
-    dtype = base_dtype(model_args, mixed)
     batch = args.per_device_train_batch_size
     checkpointing = bool(args.gradient_checkpointing)
-
-    plain = dataclasses.replace(model_args, teacher_float8=False)
     with torch.device("meta"):
-        tower = random_tower(model_args, dtype)
-        model, size = framed(tower, plain, model_args.model)
+        model = trainable(recipe, mixed, float8=False)
+    size = image_size(args.image_size, model.config.vision_config, model.patch_size)
     cost = dry_step(
         model,
         settings,
         image_size=size,
         batch=batch,
-        register_factor=model_args.register_factor,
-        objective_type=OBJECTIVES[settings.method],
+        register_factor=args.register_factor,
         autocast=torch.bfloat16 if mixed else None,
         as_on_gpu=options.device == "cuda",
         checkpointing=checkpointing,
     )
     torch.manual_seed(0)
     with torch.device(options.device):
-        tower = random_tower(model_args, dtype)
-    model, _ = framed(tower, model_args, model_args.model)
-    reference = torch.randn(1, 3, size, size)
-    objective = OBJECTIVES[settings.method](
-        model, settings, reference, model_args.register_factor
+        model = trainable(recipe, mixed, bool(args.teacher_float8))
+    given = Surroundings(
+        torch.randn(1, 3, size, size), args.register_factor, torch.ones(3)
     )
+    objective = settings.objective().build(model, settings, given)
     objective.to(options.device).train()
     if checkpointing:
         objective.gradient_checkpointing_enable(
@@ -134,12 +147,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     rate = cost.total_flops / median
     passes = sum(
-        sum(count.values())
-        for part, count in cost.flops.items()
-        if part != "losses and filters"
+        sum(count.values()) for part, count in cost.flops.items() if part != LOSSES
     )
     return {
-        "model": model_args.model,
+        "model": recipe.model,
         "image_size": size,
         "batch": batch,
         "precision": "bf16" if mixed else "float32",
@@ -174,19 +185,37 @@ def _peak(device: str) -> dict[str, float]:
     return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
+def fields_of(words: list[str]) -> dict[str, list[str] | None]:
+    """``--field value ...`` as keys of a recipe."""
+    fields: dict[str, list[str] | None] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            values = fields[word[2:].replace("-", "_")] = []
+        elif fields:
+            values.append(word)
+        else:
+            raise UniRefinerError(f"{word!r} is no option; give --field value.")
+    return fields
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    refine.add_arguments(parser)
     parser.usage = "python -m benchmarks.refine_throughput --config RECIPE [options]"
+    parser.epilog = "Further options are keys of a recipe: --field value."
+    parser.add_argument("--config", metavar="RECIPE", help="name or file of a recipe")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--json", help="also write the result to this file")
-    options = parser.parse_args()
-    result = measure(options)
+    options, words = parser.parse_known_args()
+    overrides = {"output_dir": ["unused"], **fields_of(words)}
+    if options.device == "cpu":
+        overrides["use_cpu"] = ["true"]
+    result = measure(recipe_of_words(options.config, overrides), options)
     for name, value in result.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         print(f"{name:30} {shown}")

@@ -73,24 +73,24 @@ class PlainObjective(UniRefiner):
             for layer, pair in composite.queries_keys.items()
             if layer in self.settings.flow_layers
         ]
-        crop = self._unit(crop)
+        crop = self.unit(crop)
         return TeacherViews(
-            image=self._unit(full.image),
+            image=self.unit(full.image),
             crop=crop,
             source=crop,
-            strip=self._unit(strip),
+            strip=self.unit(strip),
             flow=[(queries, keys) for queries, keys in flow],
         )
 
     def reference_views(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             tokens = self.teacher.encode(self.reference, 0, self.all_layers).image
-        return self.reference, self._unit(tokens)
+        return self.reference, self.unit(tokens)
 
-    def _encode(self, images: Tensor, register_width: int) -> Tensor:
+    def encode(self, images: Tensor, register_width: int) -> Tensor:
         return self.model.encode(images, register_width, self.all_layers).image
 
-    def _without_gradient(self) -> Any:
+    def without_gradient(self) -> Any:
         return torch.no_grad()
 
 

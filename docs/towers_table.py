@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from unirefiner_hf.modeling.dense_text import VARIANTS
-from unirefiner_hf.modeling.towers import FAMILIES, REFUSED, TowerFamily
+from unirefiner_hf.modeling.families import FAMILIES, REFUSED, TowerFamily
 
 
 def support_table() -> str:

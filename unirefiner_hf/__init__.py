@@ -14,7 +14,10 @@ from .auto_registration import register
 if TYPE_CHECKING:
     from .estimation.estimate import Estimate, estimate
     from .evaluation.arguments import EvaluationArguments
+    from .evaluation.compare import FeatureComparison, compare
+    from .evaluation.diagnose import Diagnoses, diagnose
     from .evaluation.evaluate import Evaluation, evaluate
+    from .evaluation.extract import Features, extract_features
     from .evaluation.metric_modules import load_metric, metric_path
     from .export.merge import Merged, merge
     from .export.onnx import export_onnx, export_program
@@ -42,7 +45,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     ".estimation.estimate": ("Estimate", "estimate"),
     ".evaluation.arguments": ("EvaluationArguments",),
+    ".evaluation.compare": ("FeatureComparison", "compare"),
+    ".evaluation.diagnose": ("Diagnoses", "diagnose"),
     ".evaluation.evaluate": ("Evaluation", "evaluate"),
+    ".evaluation.extract": ("Features", "extract_features"),
     ".evaluation.metric_modules": ("load_metric", "metric_path"),
     ".export.merge": ("Merged", "merge"),
     ".export.onnx": ("export_onnx", "export_program"),
@@ -69,10 +75,13 @@ _PUBLIC = {
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
+    "Diagnoses",
     "DistillationSettings",
     "Estimate",
     "Evaluation",
     "EvaluationArguments",
+    "FeatureComparison",
+    "Features",
     "Merged",
     "PHRegSettings",
     "Pushed",
@@ -88,11 +97,14 @@ __all__ = [
     "UniRefinerSettings",
     "UniRefinerTrainer",
     "Verified",
+    "compare",
     "dense_text_features",
+    "diagnose",
     "estimate",
     "evaluate",
     "export_onnx",
     "export_program",
+    "extract_features",
     "load_metric",
     "load_recipe",
     "load_text_side",

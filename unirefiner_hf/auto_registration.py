@@ -49,7 +49,7 @@ def register() -> None:
 
     Once transformers' Auto classes are loaded, our module is imported; once our module
     is imported, its classes are registered. A module that is already being imported is
-    left to finish, and registered then. The table of towers imports the Auto classes
+    left to finish, and registered then. What loads towers imports the Auto classes
     itself; where it is imported first, the model follows it. The feature pyramid follows
     the model, and registers itself.
     """

@@ -6,8 +6,8 @@ import sys
 from benchmarks import inference_overhead, refine_throughput
 from benchmarks.shapes import SHAPES
 from tests.conftest import make_tiny_tower
+from unirefiner_hf.modeling.families import family_of
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import family_of
 from unirefiner_hf.resources import find_recipe
 
 

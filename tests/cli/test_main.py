@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import yaml
 from tests.cli.conftest import Made, python
 from unirefiner_hf.cli import main
 from unirefiner_hf.errors import UniRefinerError
+from unirefiner_hf.estimation import estimate as estimate_module
 from unirefiner_hf.loading.adapter import CheckpointError
 from unirefiner_hf.resources import PACKAGE, recipe_names
 from unirefiner_hf.training import refine as refine_module
@@ -104,9 +104,7 @@ def estimated(monkeypatch):
         calls.append(keywords)
         return Made()
 
-    module = types.ModuleType("unirefiner_hf.estimation.estimate")
-    module.estimate = estimate
-    monkeypatch.setitem(sys.modules, "unirefiner_hf.estimation.estimate", module)
+    monkeypatch.setattr(estimate_module, "estimate", estimate)
     return calls
 
 
@@ -118,15 +116,17 @@ def test_estimate_takes_what_refine_does_and_where(estimated):
     where = {"gpu": "h200", "gpus": 2, "strategy": "zero2", "efficiency": 0.5}
     assert call == {**where, "images": None}
     assert recipe.args.lora_rank == 4 and recipe.model == "facebook/dinov2-small"
-    assert recipe.args.bf16 and recipe.train_dataset is None
+    assert recipe.train_dataset is None
 
 
-def test_estimate_needs_neither_the_machine_nor_the_folder_of_the_run(estimated):
+def test_estimate_needs_neither_the_machine_nor_the_folder_of_the_run(
+    estimated, capsys
+):
     words = ["estimate", "--model", "x", "--tf32", "true", "--deepspeed", "/no.json"]
+    assert main(words) == 0 and len(estimated) == 1
+    words = ["estimate", "--config", "dinov2/small", "--method", "ph_reg"]
     assert main(words) == 0
-    assert main([*words, "--gpu", "cpu"]) == 0
-    assert main([*words, "--bf16", "false"]) == 0
-    assert [call["recipe"].args.bf16 for call in estimated] == [True, False, False]
+    assert "ph_reg does not read register_factor" in capsys.readouterr().err
     assert main(["estimate", "--model", "x", "--gpux", "a"]) == 2
 
 
@@ -281,6 +281,7 @@ PLANTED = """
 import sys
 from unirefiner_hf.cli import main
 from unirefiner_hf.errors import UniRefinerError
+from unirefiner_hf.estimation import estimate as estimate_module
 from unirefiner_hf.training import refine as module
 def planted(**_):
     raise {error}('planted')

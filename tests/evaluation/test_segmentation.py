@@ -22,7 +22,6 @@ from unirefiner_hf.evaluation.augment import (
     training_crop,
 )
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.evaluation.results import read_results
 from unirefiner_hf.evaluation.segmentation import (
     SegmentationSettings,
     cache_tokens,
@@ -31,6 +30,7 @@ from unirefiner_hf.evaluation.segmentation import (
     sliding_scores,
     window_starts,
 )
+from unirefiner_hf.export.run_folder import read_evaluation
 
 FAST = {"fast": True, "crop": 24, "fast_iterations": 60, "probe_lr": 0.05}
 FULL = {"crop": 16, "stride": 8, "iterations": 40, "batch": 4, "probe_lr": 0.05}
@@ -266,7 +266,7 @@ def test_evaluate_prints_one_table_and_leaves_results(
     assert "Missing control" not in out
     assert "refined against self-distillation baseline" in out
 
-    (entry, second) = read_results(tmp_path / "mine" / "merged" / "evaluation.json")
+    (entry, second) = read_evaluation(tmp_path / "mine" / "merged" / "evaluation.json")
     assert (entry["metric"], second["metric"]) == ("mean_iou", "mean_accuracy")
     assert (entry["dataset"], entry["split"], entry["n"]) == ("Tiny", "val", 4)
     assert (entry["seeds"], entry["unit"]) == (3, "%")
@@ -283,9 +283,9 @@ def test_evaluate_prints_one_table_and_leaves_results(
 
     # Measuring again replaces, another protocol adds.
     assert main([*words, "--pictures", "0"]) == 0
-    assert len(read_results(tmp_path / "mine" / "merged" / "evaluation.json")) == 2
+    assert len(read_evaluation(tmp_path / "mine" / "merged" / "evaluation.json")) == 2
     assert main([*words, "--fast_iterations", "16", "--pictures", "0"]) == 0
-    assert len(read_results(tmp_path / "mine" / "merged" / "evaluation.json")) == 4
+    assert len(read_evaluation(tmp_path / "mine" / "merged" / "evaluation.json")) == 4
 
 
 def test_a_missing_control_is_said(tower_folder, scenes, tmp_path, capsys):

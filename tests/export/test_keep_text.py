@@ -14,16 +14,16 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from tests.dual_encoders import KINDS, TEXTS, save_dual_run, save_eva_clip
+from tests.export.conftest import merge
 from tests.training.conftest import save_tiny_tower
 from unirefiner_hf import dense_text_features, load_text_side
 from unirefiner_hf.cli import main
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.export.digests import weight_digests
-from unirefiner_hf.export.merge import merge
 from unirefiner_hf.hub.verify import verify
-from unirefiner_hf.loading.backbone import BackboneError, load_base
+from unirefiner_hf.loading.arguments import BackboneArguments
+from unirefiner_hf.loading.backbone import BackboneError, load_backbone
 from unirefiner_hf.resources import PACKAGE
-from unirefiner_hf.training.arguments import ModelArguments
 
 ALL = [*KINDS, "eva"]
 FRESH = """
@@ -172,12 +172,12 @@ def test_a_missing_tokenizer_is_told_at_the_start(tmp_path, monkeypatch, capsys)
         file.unlink()
     said = []
     monkeypatch.setattr(
-        logging.get_logger("unirefiner_hf.loading.base"), "warning", said.append
+        logging.get_logger("unirefiner_hf.loading.backbone"), "warning", said.append
     )
-    assert load_base(ModelArguments(str(base))).text_side is None
+    assert load_backbone(str(base), BackboneArguments()).text_side is None
     assert len(said) == 1 and "without text" in said[0] and "no tokenizer" in said[0]
     with pytest.raises(BackboneError, match="keep_text is true.*has no tokenizer"):
-        load_base(ModelArguments(str(base), keep_text=True))
+        load_backbone(str(base), BackboneArguments(keep_text=True))
     record = json.loads((run / "run.json").read_text())
     record["model"]["keep_text"] = True
     (run / "run.json").write_text(json.dumps(record))
@@ -190,15 +190,17 @@ def test_a_missing_tokenizer_is_told_at_the_start(tmp_path, monkeypatch, capsys)
 def test_towers_without_text_are_as_before(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(
-        logging.get_logger("unirefiner_hf.loading.base"), "warning", said.append
+        logging.get_logger("unirefiner_hf.loading.backbone"), "warning", said.append
     )
     folder = save_tiny_tower(tmp_path / "dino")
-    assert load_base(ModelArguments(str(folder))).text_side is None and not said
-    with pytest.raises(BackboneError, match="keep_text is true.*it is a dinov2"):
-        load_base(ModelArguments(str(folder), keep_text=True))
-    save_eva_clip(tmp_path / "eva", use_rms_norm=True)
-    assert load_base(ModelArguments(str(tmp_path / "eva"))).text_side is None
-    assert len(said) == 1 and "use_rms_norm=True" in said[0]
-    assert load_base(ModelArguments(str(tmp_path / "eva"), keep_text=False)) and (
-        len(said) == 1
+    assert (
+        load_backbone(str(folder), BackboneArguments()).text_side is None and not said
     )
+    with pytest.raises(BackboneError, match="keep_text is true.*it is a dinov2"):
+        load_backbone(str(folder), BackboneArguments(keep_text=True))
+    save_eva_clip(tmp_path / "eva", use_rms_norm=True)
+    assert load_backbone(str(tmp_path / "eva"), BackboneArguments()).text_side is None
+    assert len(said) == 1 and "use_rms_norm=True" in said[0]
+    assert load_backbone(
+        str(tmp_path / "eva"), BackboneArguments(keep_text=False)
+    ) and (len(said) == 1)

@@ -21,21 +21,22 @@ from tests.export.conftest import (
     make_processor,
     make_record,
     make_refined,
+    merge,
     pixels,
 )
 from tests.export.test_card import EVALUATION
 from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.cli import main
 from unirefiner_hf.data.images import preprocess
-from unirefiner_hf.export import checkpoint as merge
+from unirefiner_hf.export import checkpoint
 from unirefiner_hf.export.card import card_from_record
 from unirefiner_hf.export.checkpoint import (
     ExportError,
     export_refined,
-    merge_adapter,
     resized_processor,
 )
-from unirefiner_hf.export.run_folder import RunFolderError, merge
+from unirefiner_hf.export.run_folder import RunFolderError
+from unirefiner_hf.loading.adapter import merge_adapter
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
 
@@ -210,7 +211,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, overwrit
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(merge, "save_remote_code", full)
+    monkeypatch.setattr(checkpoint, "save_remote_code", full)
     with pytest.raises(ExportError, match="merged could not be written: .*No space"):
         export(make_refined("dinov2"), folder, overwrite=overwrite)
     if overwrite:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unirefiner_hf.export.merge import export_run, load_refined
 from unirefiner_hf.export.reload_check import (
     ReloadError,
     check_reload,
     encode,
     example_pixels,
 )
-from unirefiner_hf.export.run_folder import export_run, load_refined, read_run
+from unirefiner_hf.export.run_folder import read_run
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from unirefiner_hf.methods.ph_reg.shifted_views import (
     mean_over_views,
 )
 from unirefiner_hf.modeling.errors import UniRefinerError
+from unirefiner_hf.modeling.families import FAMILIES as TABLE
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.modeling.towers import FAMILIES as TABLE
 
 TAKING = tuple(f for f in ALL_FAMILIES if TABLE[f].positions is not None)
 REFUSED = tuple(f for f in ALL_FAMILIES if f not in TAKING)

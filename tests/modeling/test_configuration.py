@@ -68,6 +68,7 @@ def test_settings_out_of_range(options, named):
 
 def test_file_round_trip(tmp_path):
     made = config(
+        method="ph_reg",
         register_width=3,
         register_fill="randn",
         register_seed=5,
@@ -81,6 +82,26 @@ def test_file_round_trip(tmp_path):
     assert loaded.out_indices == [0, 2]
     assert type(loaded.vision_config) is type(made.vision_config)
     assert loaded.vision_config.to_dict() == made.vision_config.to_dict()
+
+
+@pytest.mark.parametrize("method", ["unirefiner", "ph_reg", "a_fourth"])
+def test_method_goes_with_the_checkpoint(method, tmp_path):
+    model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
+    assert model.config.method is None
+    model.config.method = method
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["method"] == method and saved["format_version"] == 1
+    assert UniRefinerModel.from_pretrained(tmp_path).config.method == method
+
+
+def test_a_file_of_an_earlier_version_has_no_method(tmp_path):
+    config(num_register_tokens=1).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["method"]
+    path.write_text(json.dumps(saved))
+    assert UniRefinerConfig.from_pretrained(tmp_path).method is None
 
 
 def test_no_path_is_written(tmp_path):

@@ -77,6 +77,9 @@ def test_an_attention_that_is_not_there(folder):
         ({"register_width": -1}, "register_width is -1"),
         ({"out_features": ["roof"]}, "roof"),
         ({"vision_config": {"model_type": "teapot"}}, "teapot"),
+        ({"vision_config": {"model_type": "resnet"}}, "resnet.*not a supported"),
+        ({"vision_config": {"model_type": "clip"}}, "a whole clip"),
+        ({"vision_config": 3}, "vision_config is a int"),
         ({"register_widht": 1}, "did you mean 'register_width'"),
     ],
 )

@@ -8,11 +8,11 @@ from transformers import AutoModel
 
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
 from unirefiner_hf.modeling.configuration_unirefiner import UniRefinerConfig
+from unirefiner_hf.modeling.families import FAMILIES
 from unirefiner_hf.modeling.modeling_unirefiner import (
     UniRefinerBackbone,
     UniRefinerModel,
 )
-from unirefiner_hf.modeling.towers import FAMILIES
 
 TAKING = [name for name in ALL_FAMILIES if FAMILIES[name].positions is not None]
 

@@ -73,9 +73,15 @@ def test_public_names():
         "from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerBackbone",
         "from transformers import AutoConfig; import unirefiner_hf",
         "from unirefiner_hf.modeling.towers import load_tower",
+        "from unirefiner_hf.modeling.families import FAMILIES",
+        "from unirefiner_hf.modeling.recording import record_queries_keys",
+        "from unirefiner_hf.modeling.published_intern_vit import PublishedInternViT",
         "from unirefiner_hf.modeling.modeling_eva_clip import EvaClipVisionModel",
         "from unirefiner_hf.modeling.modeling_pyramid import UniRefinerPyramid",
         "from unirefiner_hf import UniRefinerPyramidConfig",
+        "import unirefiner_hf; from transformers import Dinov2Model",
+        "import unirefiner_hf; from transformers import InternVLVisionModel",
+        "import unirefiner_hf; from transformers import MetaClip2VisionModel",
     ],
 )
 def test_any_first_import_in_a_fresh_process_registers(first):

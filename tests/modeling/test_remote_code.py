@@ -34,6 +34,7 @@ saved = torch.load(folder + "/expected.pt", weights_only=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__name__ == "UniRefinerModel", type(model)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert model.config.method == "distillation", model.config.method
 with torch.no_grad():
     assert torch.equal(model(saved["pixels"]).last_hidden_state, saved["tokens"])
 name = AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map["AutoBackbone"]
@@ -48,6 +49,7 @@ print("fresh process ok")
 
 def publish(folder, family="dinov2", **options):
     model = UniRefinerModel.from_tower(make_tiny_tower(family), **options)
+    model.config.method = "distillation"
     model.save_pretrained(folder)
     save_remote_code(folder)
     return model
@@ -88,7 +90,8 @@ def test_fresh_process_without_the_package(family, options, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fresh process ok" in done.stdout
-    assert (folder / "again" / "towers.py").is_file()
+    again = {path.name for path in (folder / "again").glob("*.py")}
+    assert again == {path.name for path in folder.glob("*.py")}
 
 
 def test_flat_files_and_auto_map(tmp_path):
@@ -102,21 +105,36 @@ def test_flat_files_and_auto_map(tmp_path):
     assert not list(tmp_path.glob("*.bin"))
 
 
+CORE = {
+    "configuration_unirefiner",
+    "errors",
+    "families",
+    "modeling_unirefiner",
+    "own_towers",
+    "recording",
+    "registers",
+    "towers",
+}
+EVA_CLIP = {"configuration_eva_clip", "modeling_eva_clip", "vit_parts"}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("dinov2", set()),
+        ("internvl_vision", set()),
+        ("unirefiner_eva_clip_vision", EVA_CLIP),
+    ],
+)
+def test_the_folder_holds_the_code_of_its_family_alone(family, more, tmp_path):
+    publish(tmp_path, family)
+    assert {path.stem for path in tmp_path.glob("*.py")} == CORE | more
+
+
 def test_saving_alone_copies_the_code_too(tmp_path):
     UniRefinerModel.from_tower(make_tiny_tower("dinov2")).save_pretrained(tmp_path)
     here = Path(unirefiner_hf.__file__).parent / "modeling"
-    for name in (
-        "modeling_unirefiner",
-        "configuration_unirefiner",
-        "configuration_eva_clip",
-        "modeling_eva_clip",
-        "errors",
-        "configuration_intern_vit",
-        "modeling_intern_vit",
-        "registers",
-        "towers",
-        "vit_parts",
-    ):
+    for name in CORE | EVA_CLIP:
         source = (here / f"{name}.py").read_text()
         assert (tmp_path / f"{name}.py").read_text() == source
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]

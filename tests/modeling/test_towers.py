@@ -29,16 +29,16 @@ from transformers import (
 from tests.conftest import ALL_FAMILIES as TINY
 from tests.conftest import make_tiny_tower
 from unirefiner_hf import UniRefinerModel
-from unirefiner_hf.modeling import towers
-from unirefiner_hf.modeling.towers import (
+from unirefiner_hf.modeling.families import (
+    DUAL_ENCODERS,
     FAMILIES,
-    check_tower,
+    REFUSED,
     family_of,
     image_size_of,
-    load_tower,
     patch_size_of,
-    record_queries_keys,
 )
+from unirefiner_hf.modeling.recording import record_queries_keys
+from unirefiner_hf.modeling.towers import check_tower, load_tower
 
 TEXT = {
     "hidden_size": 32,
@@ -176,8 +176,8 @@ def test_table_is_plain_data():
         for value in dataclasses.astuple(entry):
             assert value is None or isinstance(value, (str, int, bool, tuple))
     duals = {"clip", "metaclip_2", "siglip", "siglip2", "aimv2", "tipsv2"}
-    assert set(towers.DUAL_ENCODERS) == duals
-    assert not set(towers.REFUSED) & set(FAMILIES)
+    assert set(DUAL_ENCODERS) == duals
+    assert not set(REFUSED) & set(FAMILIES)
 
 
 @pytest.mark.parametrize(

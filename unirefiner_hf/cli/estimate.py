@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..training.fields import Values
 from . import refine
 from .options import add_options
 
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
 
 ANY_OPTION = True
 WHERE = ("gpu", "gpus", "strategy", "efficiency", "images")
-UNUSED = ("deepspeed", "fsdp", "fsdp_config", "tf32")
-"""Fields that want the machine of the run."""
 
 BRIEF = (
     *("model", "base_dtype", "base_quantization", "teacher_float8", "image_size"),
@@ -84,14 +81,12 @@ def run(arguments: argparse.Namespace) -> Estimate:
     Raises:
         UniRefinerError: no such recipe, key, GPU or strategy, or a value that does not fit.
     """
-    from ..estimation.estimate import estimate
+    from ..estimation.estimate import estimate, recipe_elsewhere
 
     where = {name: getattr(arguments, name) for name in WHERE}
     for name in WHERE:
         delattr(arguments, name)
-    # The run's own machine is another one: neither its GPU nor its folder is needed here.
-    vars(arguments).update({"use_cpu": ["true"], **dict.fromkeys(UNUSED)})
-    bf16 = "false" if where["gpu"] == "cpu" else "true"
-    defaults: dict[str, Values] = {"output_dir": ["unused"], "bf16": [bf16]}
-    recipe = refine.recipe_asked(arguments, defaults)
+    words = refine.words_asked(arguments)
+    recipe = recipe_elsewhere(arguments.config, words)
+    refine.note_left_out(recipe, arguments)
     return estimate(recipe=recipe, **where)

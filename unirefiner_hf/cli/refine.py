@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..data.arguments import DataArguments
@@ -172,36 +171,36 @@ def run(arguments: argparse.Namespace) -> Refined | None:
         UniRefinerError: no such recipe or key, or a value that does not fit.
     """
     from ..training.distributed import disconnect
+    from ..training.recipe import recipe_of_words
     from ..training.refine import refine
 
-    refined = refine(recipe=recipe_asked(arguments))
+    recipe = recipe_of_words(arguments.config, words_asked(arguments))
+    note_left_out(recipe, arguments)
+    refined = refine(recipe=recipe)
     disconnect()
     return refined
 
 
-def recipe_asked(
-    arguments: argparse.Namespace, defaults: Mapping[str, Values] | None = None
-) -> Recipe:
-    """The recipe with the options over it; `defaults` hold where neither says.
-
-    Says on stderr which of its settings another method leaves out.
+def words_asked(arguments: argparse.Namespace) -> dict[str, Values]:
+    """The options that are keys of a recipe.
 
     Raises:
         UsageError: an option that is none.
-        RecipeError, UniRefinerError: see `recipe_of_words`.
     """
     from ..training.keywords import ARGUMENTS
-    from ..training.recipe import recipe_of_words
 
     given = {k: v for k, v in vars(arguments).items() if k not in OWN}
     settings = [n for m in METHODS for n in setting_names(method_named(m))]
     known = [n for n in (*PLACES, *ARGUMENTS, *settings) if n not in REFUSED]
     arguments.parser.check_names(given.keys() - REFUSED.keys(), known, arguments.words)
-    recipe = recipe_of_words(arguments.config, given, defaults)
+    return given
+
+
+def note_left_out(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Say on stderr which settings of a recipe another method leaves out."""
     if recipe.left_out:
         note(
             f"method {recipe.method.name} does not read {', '.join(recipe.left_out)}: "
             f"left out of {recipe.name}",
             arguments,
         )
-    return recipe

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UniRefinerError
+
 TERA, GIGA = 1e12, 1e9
 GPU_EFFICIENCY, CPU_EFFICIENCY = 0.4, 0.7
 
@@ -82,12 +84,13 @@ def find_device(name: str) -> Device:
     """The device of this name; ``cpu`` is the processor of this machine, measured.
 
     Raises:
-        ValueError: an unknown name; lists those there are.
+        UniRefinerError: an unknown name; lists those there are.
     """
     if name == "cpu":
         return this_processor()
     if name not in GPUS:
-        raise ValueError(f"gpu is {name!r}; known are {', '.join([*GPUS, 'cpu'])}.")
+        known = ", ".join([*GPUS, "cpu"])
+        raise UniRefinerError(f"gpu is {name!r}; known are {known}.")
     return GPUS[name]
 
 

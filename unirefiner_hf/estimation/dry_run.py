@@ -6,12 +6,11 @@ storage), so the counts follow the code and a new vision family needs nothing he
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -24,27 +23,32 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..methods.settings import UniRefinerSettings
-from ..methods.unirefiner import UniRefinerObjective
+from ..methods.objective import (
+    COMPOSITES,
+    CROPS,
+    FULL_IMAGE,
+    LOSSES,
+    RELATION,
+    STUDENT,
+    VIEWS,
+    Objective,
+    Surroundings,
+)
+from ..methods.settings import MethodSettings
+from ..modeling.families import layers_of
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import layers_of
 
 aten = torch.ops.aten
 _FLASH = "_scaled_dot_product_flash_attention"
+_ENTER = torch.ops.profiler._record_function_enter_new.default
+_EXIT = torch.ops.profiler._record_function_exit._RecordFunction
+_ALL_AT_ONCE = 2**31
 
-COMPOSITES = "teacher, composites"
-CROPS = "teacher, crops"
-VIEWS = "teacher, shifted views"
-FULL_IMAGE = "teacher, full image"
-STUDENT = "student forward"
-RELATION = "relation crops"
-LOSSES = "losses and filters"
 BACKWARD = "backward"
 RECOMPUTATION = "recomputation"
 OTHER = "views and tokens"
-PASSES = (COMPOSITES, CROPS, VIEWS, FULL_IMAGE, STUDENT, RELATION)
-PARTS = (*PASSES, LOSSES, BACKWARD, RECOMPUTATION, OTHER)
-"""The parts of a step, in the order they are told."""
+_FORWARD = (COMPOSITES, CROPS, VIEWS, FULL_IMAGE, STUDENT, RELATION, LOSSES)
+_LAST = (BACKWARD, RECOMPUTATION, OTHER)
 
 BASE, ADAPTER, BATCH = "frozen base", "adapter", "images and buffers"
 
@@ -53,12 +57,16 @@ BASE, ADAPTER, BATCH = "frozen base", "adapter", "images and buffers"
 class StepCost:
     """What one step of one process takes.
 
+    A part is the innermost `torch.profiler.record_function` scope of the objective,
+    `OTHER` outside of all; `BACKWARD`, and `RECOMPUTATION` for the forward it repeats.
+
     Attributes:
         flops: part of the step -> dtype of the products -> floating point operations,
             two for a multiply-add. Matrix products, convolutions and attention are
             counted, as in `torch.utils.flop_counter`.
-        calls, images, tokens: part -> calls of the tower in it, and the images and the
-            tokens (with prefix and frame) that they carried.
+        calls, images, tokens: part -> calls of the tower in its forward, and the images
+            and the tokens (with prefix and border) that they carried.
+        tokens_without_gradient: those of the tokens that no gradient goes to.
         peak: what holds the memory at the fullest moment -> bytes.
         base, trainable: parameters.
     """
@@ -67,6 +75,7 @@ class StepCost:
     calls: dict[str, int]
     images: dict[str, int]
     tokens: dict[str, int]
+    tokens_without_gradient: dict[str, int]
     peak: dict[str, int]
     base: int
     trainable: int
@@ -77,6 +86,12 @@ class StepCost:
         return sum(sum(by_dtype.values()) for by_dtype in self.flops.values())
 
     @property
+    def parts(self) -> list[str]:
+        """The parts, in the order they are told."""
+        own = [part for part in self.flops if part not in (*_FORWARD, *_LAST)]
+        return [p for p in (*_FORWARD[:-1], *own, LOSSES, *_LAST) if p in self.flops]
+
+    @property
     def peak_bytes(self) -> int:
         """Bytes at the fullest moment of the step."""
         return sum(self.peak.values())
@@ -84,12 +99,11 @@ class StepCost:
 
 def dry_step(
     model: UniRefinerModel,
-    settings: UniRefinerSettings,
+    settings: MethodSettings,
     *,
     image_size: int,
     batch: int,
     register_factor: int = 32,
-    objective_type: type[UniRefinerObjective] = UniRefinerObjective,
     progress: float = 1.0,
     autocast: torch.dtype | None = None,
     as_on_gpu: bool = True,
@@ -101,11 +115,11 @@ def dry_step(
     Where the real step looks at values, the worst case is taken: every token is clean.
 
     Args:
-        model: the register model with an adapter; on the meta device, so that nothing
-            is in memory. Moved to fake tensors in place.
+        model: the register model, made trainable by the method; on the meta device, so
+            that nothing is in memory. Moved to fake tensors in place.
+        settings: of the method.
         image_size: side of the images, pixels.
         batch: images a step.
-        objective_type: the method.
         progress: as for the objective.
         autocast: type of mixed precision, None for none.
         as_on_gpu: mixed precision and passes without gradient as on a GPU: layer norms
@@ -113,20 +127,12 @@ def dry_step(
         checkpointing: the student's activations are recomputed.
         gradients_kept: a step after the first of an accumulation.
     """
-    settings = copy.copy(settings)
     if as_on_gpu and settings.no_grad_batch is None:
-        most = settings.num_crops
-        if settings.method == "ph_reg":
-            most = settings.teacher_views
-        settings.no_grad_batch = batch * most
+        settings = replace(settings, no_grad_batch=_ALL_AT_ONCE)
     meter = _Meter()
     with _no_cached_tensors(), FakeTensorMode(), meter:
         model._apply(_without_data)
-        reference = torch.empty(1, 3, image_size, image_size)
-        told: Any = type("Told", (_Told, objective_type), {})
-        objective = told(model, settings, reference, register_factor)
-        objective.meter, objective.batch = meter, batch
-        objective.train()
+        objective = _built(model, settings, image_size, register_factor).train()
         if checkpointing:
             objective.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -139,11 +145,11 @@ def dry_step(
         mixed = torch.autocast("cpu", autocast, enabled=autocast is not None)
         with _kernels(norms_in_float32=as_on_gpu):
             with mixed:
-                objective.reference_views(image_size, image_size)
+                objective.prepare(image_size, image_size)
                 meter.start(objective, pixels)
                 loss = objective(pixels, progress)["loss"]
-            with meter.part(BACKWARD):
-                loss.backward()
+            meter.backward = True
+            loss.backward()
     total = sum(p.numel() for p in objective.model.parameters())
     trainable = sum(p.numel() for p in trained)
     return StepCost(
@@ -151,64 +157,31 @@ def dry_step(
         calls=dict(meter.calls),
         images=dict(meter.images),
         tokens=dict(meter.tokens),
+        tokens_without_gradient=dict(meter.tokens_without_gradient),
         peak=meter.peak,
         base=total - trainable,
         trainable=trainable,
     )
 
 
+def _built(
+    model: UniRefinerModel, settings: MethodSettings, size: int, register_factor: int
+) -> Objective:
+    """The objective; of what surrounds it, it alone keeps what it reads."""
+    reference = torch.empty(1, 3, size, size)
+    given = Surroundings(reference, register_factor, white=torch.empty(3))
+    return settings.objective().build(model, settings, given)
+
+
 def _without_data(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-class _Told:
-    """Mixed into an objective: says which part of the step runs."""
-
-    meter: _Meter
-    batch: int
-    teaching = viewing = False
-
-    @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
-        self.teaching = True
-        with super()._adapter_off():  # type: ignore[misc]
-            yield
-        self.teaching = False
-
-    def _encode(self, images: Tensor, register_width: int) -> Tensor:
-        part = RELATION
-        if self.viewing:
-            part = VIEWS
-        elif self.teaching:
-            part = FULL_IMAGE if len(images) == self.batch else CROPS
-        with self.meter.part(part):
-            return super()._encode(images, register_width)  # type: ignore[misc]
-
-    def _encode_with_flow(self, *args: Any) -> Any:
-        with self.meter.part(COMPOSITES):
-            return super()._encode_with_flow(*args)  # type: ignore[misc]
-
-    def _encode_views(self, views: Tensor) -> Tensor:
-        self.viewing = True
-        tokens = super()._encode_views(views)  # type: ignore[misc]
-        self.viewing = False
-        return tokens
-
-    def _distilled(self, *args: Any) -> Any:
-        with self.meter.part(LOSSES):
-            return super()._distilled(*args)  # type: ignore[misc]
-
-    def _losses(self, *args: Any) -> Any:
-        with self.meter.part(LOSSES):
-            return super()._losses(*args)  # type: ignore[misc]
-
-    def _plain_losses(self, *args: Any) -> Any:
-        with self.meter.part(LOSSES):
-            return super()._plain_losses(*args)  # type: ignore[misc]
-
-
 class _Meter(TorchDispatchMode):
-    """Counts operations and the bytes that are alive, by part of the step."""
+    """Counts operations and the bytes that are alive, by part of the step.
+
+    The profiler's scopes are operations as others are, and pass through here.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,56 +193,47 @@ class _Meter(TorchDispatchMode):
         self.calls: Counter = Counter()
         self.images: Counter = Counter()
         self.tokens: Counter = Counter()
+        self.tokens_without_gradient: Counter = Counter()
         self.peak: dict[str, int] = {}
         self._alive: Counter = Counter()
-        self._now = OTHER
+        self.backward = False
+        self._scopes = [OTHER]
         self._owned = WeakIdKeyDictionary()
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to this part of the step."""
-        before, self._now = self._now, name
-        try:
-            yield
-        finally:
-            self._now = before
-
-    def start(self, objective: UniRefinerObjective, pixels: Tensor) -> None:
+    def start(self, objective: Objective, pixels: Tensor) -> None:
         """Forget what came before; from here on it is the step."""
         for name, parameter in objective.named_parameters():
             kind = ADAPTER if parameter.requires_grad else BASE
             self._own(parameter, kind)
         for tensor in (*objective.buffers(), pixels):
             self._own(tensor, BATCH)
-        self.flops.clear()
-        self.calls.clear()
-        self.images.clear()
-        self.tokens.clear()
+        for counter in (self.flops, self.calls, self.images, self.tokens):
+            counter.clear()
+        self.tokens_without_gradient.clear()
         self.peak = dict(self._alive)
         model = objective.model
-        encode = model.encode
+        layers_of(model.tower, model.family)[0].register_forward_hook(self._count)
 
-        def encode_told(*args: Any, **options: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return encode(*args, **options)
-            with self.part(STUDENT):
-                return encode(*args, **options)
-
-        def count(layer: nn.Module, args: Any, output: Any) -> None:
-            tokens = output[0] if isinstance(output, tuple) else output
-            if self._now in PASSES:
-                self.calls[self._now] += 1
-                self.images[self._now] += tokens.shape[0]
-                self.tokens[self._now] += tokens.shape[0] * tokens.shape[1]
-
-        model.encode = encode_told  # type: ignore[method-assign]
-        first = layers_of(model.tower, model.family)[0]
-        first.register_forward_hook(count)
+    def _count(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """A call of the tower's first layer."""
+        tokens = output[0] if isinstance(output, tuple) else output
+        part, carried = self._part, tokens.shape[0] * tokens.shape[1]
+        if part == RECOMPUTATION:
+            return
+        self.calls[part] += 1
+        self.images[part] += tokens.shape[0]
+        self.tokens[part] += carried
+        if not torch.is_grad_enabled():
+            self.tokens_without_gradient[part] += carried
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _ENTER:
+            self._scopes.append(args[0])
+        elif func is _EXIT:
+            self._scopes.pop()
         out = _value_free(func, args, kwargs)
         formula = self.formulas.get(func.overloadpacket)
         if formula is not None:
@@ -285,10 +249,10 @@ class _Meter(TorchDispatchMode):
 
     @property
     def _part(self) -> str:
+        if not self.backward:
+            return self._scopes[-1]
         # A backward pass runs without gradient, but for the forward it repeats.
-        if self._now == BACKWARD and torch.is_grad_enabled():
-            return RECOMPUTATION
-        return self._now
+        return RECOMPUTATION if torch.is_grad_enabled() else BACKWARD
 
     def _own(self, tensor: Tensor, kind: str | None = None) -> None:
         storage = tensor.untyped_storage()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .metrics import IGNORE
+from ..data.labelled import IGNORE
 
 TRIES = 10
 """Crops drawn before one that a single class fills is taken as it is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,23 +14,17 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..loading.backbone import load_processor, takes_final_norm
+from ..export.card import written_method
+from ..export.run_folder import MERGED, is_run, recorded_method
+from ..loading.backbone import load_processor, normalisation, takes_final_norm
 from ..loading.starter import NAME as STARTER
 from ..loading.starter import starter_tower
+from ..methods.registry import current_name, is_control, title_of
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.errors import UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import load_tower, tower_config
 
-RECORD, MERGED = "run.json", "merged"
-# To become `methods.registry.method_named(name)`.
-BASELINE = "distillation"
-_METHODS = {"plain": BASELINE}
-METHOD_NAMES = {
-    BASELINE: "self-distillation baseline",
-    "ph_reg": "PH-Reg",
-    "unirefiner": "refined",
-}
 SAME_EMBEDDING = 0.99
 """Cosine of two backbones' patch embeddings (with PH-Reg, or first layers) from which they
 count as one base."""
@@ -70,7 +63,12 @@ class Checkpoint:
     @property
     def needs_controls(self) -> bool:
         """Whether it is a result, neither a base nor a control."""
-        return self.method not in (None, BASELINE)
+        return self.method is not None and not self.is_control
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is what results are compared with."""
+        return self.method is not None and is_control(self.method)
 
     @property
     def patch_size(self) -> int:
@@ -151,6 +149,13 @@ def load_checkpoints(
         names = [known.name for known in loaded]
         loaded.append(replace(checkpoint, name=_unique(checkpoint, source, names)))
     return loaded
+
+
+def with_borders(loaded: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The base, the base with each border of register patches met, then the others."""
+    base, others = loaded[0], loaded[1:]
+    widths = sorted({c.register_width for c in others} - {base.register_width, 0})
+    return [base, *(base.framed(width) for width in widths), *others]
 
 
 def _unique(checkpoint: Checkpoint, source: Source, taken: Sequence[str]) -> str:
@@ -239,9 +244,11 @@ def load_checkpoint(
             of one. None: that of where the model was loaded from.
 
     Raises:
-        CheckpointMismatchError: a folder without a model, a name that is neither here nor
-            on the Hub, an object of another kind, or no normalisation.
-        ValueError: an unsupported backbone.
+        CheckpointMismatchError: a folder without a model, or an object of another kind.
+        RunFolderError: the record of a run beside the model cannot be read.
+        BackboneError: no image processor, or one that states no normalisation.
+        UniRefinerError: a name that is neither here nor on the Hub, or an unsupported
+            backbone.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -251,13 +258,7 @@ def load_checkpoint(
         raise _not_a_source(source)
     location, folder, recorded = _locate(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        config = tower_config(location, **options)
-    except OSError as problem:
-        raise CheckpointMismatchError(
-            f"{source} is neither a folder here nor a model to be had from the Hub: "
-            f"{problem}"
-        ) from problem
+    config = tower_config(location, **options)
     method = _method(config, recorded)
     if config.model_type == UniRefinerConfig.model_type:
         model = UniRefinerModel.from_pretrained(location, dtype=dtype)
@@ -274,10 +275,10 @@ def load_checkpoint(
     if str(source) in ("starter", STARTER):
         short = "base"
     elif folder is not None and method is not None:
-        short = METHOD_NAMES.get(method, method)
+        short = title_of(method)
     if method is None and config.model_type == UniRefinerConfig.model_type:
         method = "ph_reg" if model.config.num_register_tokens else "unirefiner"
-    mean, std = _normalisation(load_processor(location, **options), str(source))
+    mean, std = normalisation(load_processor(location, **options), str(source))
     return Checkpoint(
         name=name or short,
         model=_moved(model, device),
@@ -306,36 +307,23 @@ def _locate(source: str) -> tuple[str, Path | None, str | None]:
         return str(starter_tower()), None, None
     path = Path(source).expanduser()
     if path.is_dir():
-        run = path if (path / RECORD).is_file() else path.absolute().parent
+        run = path if is_run(path) else path.absolute().parent
         path = path / MERGED if path == run else path
         if not (path / "config.json").is_file():
             raise CheckpointMismatchError(
                 f"{path} holds no model: there is no config.json. Name a finished run, a "
                 "merged checkpoint or a backbone."
             )
-        return str(path), path, _recorded_method(run / RECORD)
+        return str(path), path, written_method(path) or recorded_method(run)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise CheckpointMismatchError(f"{source}: there is no such folder.")
     return source, None, None
 
 
-def _recorded_method(file: Path) -> str | None:
-    """The method that the record of a run names; None where there is no record."""
-    if not file.is_file():
-        return None
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["method"]["name"])
-    except (ValueError, KeyError, TypeError) as problem:
-        raise CheckpointMismatchError(
-            f"{file} is not the record of a run: it names no method. Move the model out "
-            "of its folder, or put the record back."
-        ) from problem
-
-
 def _method(config: PreTrainedConfig, recorded: str | None) -> str | None:
     """What made a model: as its own config says, else the record of its run."""
     name = getattr(config, "method", None) or recorded
-    return None if name is None else _METHODS.get(name, name)
+    return None if name is None else current_name(name)
 
 
 def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Checkpoint:
@@ -353,7 +341,7 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
                 f"There is no image processor at {processor or origin}: give "
                 f"image_processor. ({problem})"
             ) from problem
-    mean, std = _normalisation(processor, "the model in memory")
+    mean, std = normalisation(processor, "the model in memory")
     config = model.config
     method = _method(config, None)
     if method is None and config.num_register_tokens:
@@ -361,24 +349,15 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
     elif method is None and config.register_width:
         method = "unirefiner"
     return Checkpoint(
-        name=name or Path(origin).name or METHOD_NAMES.get(method or "", "base"),
+        name=name
+        or Path(origin).name
+        or ("base" if method is None else title_of(method)),
         model=model,
         mean=mean,
         std=std,
         register_width=config.register_width,
         method=method,
     )
-
-
-def _normalisation(
-    processor: Any, source: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    settings = processor.to_dict()
-    if not settings.get("image_mean") or not settings.get("image_std"):
-        raise CheckpointMismatchError(
-            f"The image processor of {source} states no image_mean and image_std."
-        )
-    return tuple(settings["image_mean"]), tuple(settings["image_std"])
 
 
 def _moved(model: UniRefinerModel, device: str | torch.device) -> UniRefinerModel:

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from ..export.run_folder import EVALUATION, read_evaluation
 from ..modeling.errors import UniRefinerError
 from ..outputs import check_folder, write_whole
 from .arguments import EvaluationArguments
-from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
-from .results import FILE, Evaluation, read_results, write_results
+from .checkpoints import Source, load_checkpoints, measuring, with_borders
+from .results import Evaluation, write_results
 from .settings import DepthSettings, SegmentationSettings, ZeroShotSettings
 from .tasks import TASKS, is_main
 
@@ -70,9 +71,10 @@ def evaluate(
     for checkpoint in loaded:
         if checkpoint.folder is not None and checkpoint.method is not None:
             check_folder(checkpoint.folder)
-            read_results(checkpoint.folder / FILE)
+            read_evaluation(checkpoint.folder / EVALUATION)
+    measured = with_borders(loaded) if arguments.framed_base else loaded
     with measuring(loaded):
-        evaluation = measure(_with_borders(loaded, arguments.framed_base))
+        evaluation = measure(measured)
     if is_main():
         write_results(evaluation, folder)
         if folder is not None:
@@ -80,12 +82,6 @@ def evaluate(
         if folder is not None and evaluation.sections:
             evaluation.save_html(folder / REPORT)
     return evaluation
-
-
-def _with_borders(loaded: Sequence[Checkpoint], wanted: bool) -> list[Checkpoint]:
-    base, others = loaded[0], loaded[1:]
-    widths = sorted({c.register_width for c in others} - {base.register_width, 0})
-    return [base, *(base.framed(width) for width in widths if wanted), *others]
 
 
 def _settle(

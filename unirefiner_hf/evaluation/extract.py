@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data.images import ImageError, preprocess
 from ..modeling.errors import UniRefinerError
-from ..modeling.towers import image_size_of
+from ..modeling.families import image_size_of
 from ..outputs import OutputError, check_folder, write_json
 from ..results import Result, Table
 from .checkpoints import Checkpoint, Source, load_checkpoints, measuring

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.labelled import IGNORE
 from ..modeling.errors import UniRefinerError
 
-IGNORE = 255
 INTERSECTION, PREDICTED, LABELLED = 0, 1, 2
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Weights ``(resamples, images)`` -> value of each resample ``(resamples,)``."""

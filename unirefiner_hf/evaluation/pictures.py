@@ -11,11 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.images import preprocess
-from ..data.labelled import ClassLabels, LabelledImages
+from ..data.labelled import IGNORE, ClassLabels, LabelledImages
 from ..results import Bars, Colour, Figure, Section
 from ..visualize import fit_pca, pca_rgb
 from .checkpoints import Checkpoint
-from .metrics import IGNORE
 from .segmentation import SegmentationResult
 
 

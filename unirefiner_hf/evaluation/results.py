@@ -36,7 +36,6 @@ Measuring again replaces the entry of the same task, data set, split, metric and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +43,13 @@ from typing import Any
 
 import numpy as np
 
-from ..modeling.errors import UniRefinerError
+from ..export.run_folder import EVALUATION, EVALUATION_FORMAT, read_evaluation
+from ..methods.registry import control_titles
 from ..outputs import write_json
 from ..results import Result, Section, Table
-from .checkpoints import BASELINE, METHOD_NAMES, Checkpoint
+from .checkpoints import Checkpoint
 from .metrics import Statistic, paired_bootstrap
 
-FILE, FORMAT = "evaluation.json", 1
 KEY = ("task", "dataset", "split", "metric", "protocol")
 
 
@@ -86,16 +85,13 @@ class Measured:
     statistic: Statistic | None = None
 
 
-class ResultsError(UniRefinerError):
-    """A file of results cannot be read by this version."""
-
-
 @dataclass(frozen=True)
 class EvaluatedCheckpoint:
     """A row of the table.
 
     Attributes:
-        name, method, register_width, folder, needs_controls: see `Checkpoint`.
+        name, method, register_width, folder, needs_controls, is_control: see
+            `Checkpoint`.
         measured: metric name -> what was measured.
     """
 
@@ -104,6 +100,7 @@ class EvaluatedCheckpoint:
     register_width: int
     folder: Path | None
     needs_controls: bool
+    is_control: bool
     measured: Mapping[str, Measured]
 
     @classmethod
@@ -117,6 +114,7 @@ class EvaluatedCheckpoint:
             checkpoint.register_width,
             checkpoint.folder,
             checkpoint.needs_controls,
+            checkpoint.is_control,
             measured,
         )
 
@@ -163,11 +161,11 @@ class Evaluation(Result):
     def missing_controls(self) -> list[str]:
         """Controls without which a gain of a refined model says little."""
         refined = [row for row in self.rows if row.needs_controls]
-        baselines = [row for row in self.rows if row.method == BASELINE]
+        controls = [row for row in self.rows if row.is_control]
         framed = [row for row in self.rows if row.method is None and row.register_width]
         missing = []
-        if refined and not baselines:
-            missing.append(METHOD_NAMES[BASELINE])
+        if refined and not controls:
+            missing += control_titles()
         if any(row.register_width for row in refined) and not framed:
             missing.append("base with the border of register patches")
         return missing
@@ -215,7 +213,7 @@ class Evaluation(Result):
     def to_dict(self) -> dict[str, Any]:
         """What ``evaluation.json`` of all checkpoints holds."""
         every = {row.name: self.entries(i) for i, row in enumerate(self.rows)}
-        return {"format": FORMAT, "checkpoints": every}
+        return {"format": EVALUATION_FORMAT, "checkpoints": every}
 
     @property
     def title(self) -> str:
@@ -283,39 +281,22 @@ def write_results(evaluation: Evaluation, output: Path | None = None) -> list[Pa
         border) and published backbones get none.
 
     Raises:
-        ResultsError: a file there is of a later format.
+        UniRefinerError: a file there is of a later format.
     """
     written = []
     for number, row in enumerate(evaluation.rows):
         if row.folder is not None and row.method is not None:
             entries = evaluation.entries(number)
-            kept = _kept(row.folder / FILE, entries)
-            content = {"format": FORMAT, "entries": [*kept, *entries]}
-            written.append(write_json(row.folder / FILE, content))
+            kept = _kept(row.folder / EVALUATION, entries)
+            content = {"format": EVALUATION_FORMAT, "entries": [*kept, *entries]}
+            written.append(write_json(row.folder / EVALUATION, content))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        written.append(write_json(output / FILE, evaluation.to_dict()))
+        written.append(write_json(output / EVALUATION, evaluation.to_dict()))
     return written
-
-
-def read_results(file: Path) -> list[dict[str, Any]]:
-    """Entries of an ``evaluation.json`` beside a checkpoint; none where there is no file.
-
-    Raises:
-        ResultsError: a later format.
-    """
-    if not file.is_file():
-        return []
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT:
-        raise ResultsError(
-            f"{file} is of format {content.get('format')!r}, expected {FORMAT}: move it "
-            "away, or use the version of unirefiner_hf that wrote it."
-        )
-    return content["entries"]
 
 
 def _kept(file: Path, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     new = {tuple(entry[key] for key in KEY) for entry in entries}
-    kept = read_results(file)
+    kept = read_evaluation(file)
     return [entry for entry in kept if tuple(entry[key] for key in KEY) not in new]

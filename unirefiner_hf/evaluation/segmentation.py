@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.images import preprocess
-from ..data.labelled import ClassLabels, LabelledImages
+from ..data.labelled import IGNORE, ClassLabels, LabelledImages
 from .augment import CropSettings, normalised, resize_labels, training_crop
 from .checkpoints import Checkpoint
 from .metric_modules.mean_iou import MeanIou
-from .metrics import IGNORE, SegmentationScores
+from .metrics import SegmentationScores
 from .settings import SegmentationSettings
 
 FAST_SCALE = 4

@@ -17,8 +17,8 @@ from ..data.images import preprocess
 from ..data.labelled import ClassLabels, LabelError, LabelledImages
 from ..modeling.dense_text import check_variant, default_variant, dense_text_features
 from ..modeling.errors import UniRefinerError
+from ..modeling.families import image_size_of
 from ..modeling.text_side import TextSide, TextSideError, load_text_side
-from ..modeling.towers import image_size_of
 from .checkpoints import Checkpoint
 from .segmentation import SegmentationResult, Validation, processes, resized, slide
 from .settings import ZeroShotSettings

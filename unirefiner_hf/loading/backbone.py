@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..errors import UniRefinerError, as_users
 from ..modeling.configuration_unirefiner import UniRefinerConfig
+from ..modeling.families import DUAL_ENCODERS, family_of, image_size_of
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -30,13 +31,7 @@ from ..modeling.text_side import (
     find_text_side,
     load_text_side,
 )
-from ..modeling.towers import (
-    DUAL_ENCODERS,
-    family_of,
-    image_size_of,
-    load_tower,
-    tower_config,
-)
+from ..modeling.towers import load_tower, tower_config
 from .arguments import BackboneArguments
 from .float8 import use_float8
 from .quantized import quantization
@@ -109,6 +104,11 @@ def load_backbone(
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         source, name = backbone_source(model)
+        if args.revision is not None and Path(source).is_dir():
+            raise BackboneError(
+                f"revision is {args.revision!r}, and {name} is a folder: {IN_MEMORY['revision']}. "
+                "Leave it out."
+            )
         text_side = _text_side(args, source)
         refined = _read_refined(source, args)
         if refined is None:
@@ -190,15 +190,52 @@ def weightless_tower(model: str | Path, args: BackboneArguments) -> PreTrainedMo
         config = config.vision_config
     family_of(config)
     dual = config.model_type in DUAL_ENCODERS
-    # Flash attention of any package is counted as that of PyTorch.
-    asked = args.attn_implementation
-    attention = "sdpa" if asked is not None and "flash" in asked else asked
     with torch.device("meta"):
         return AutoModel.from_config(
             config.vision_config if dual else config,
-            attn_implementation=attention,
+            attn_implementation=_counted(args.attn_implementation),
             trust_remote_code=args.trust_remote_code,
         )
+
+
+def weightless_backbone(
+    model: Model,
+    args: BackboneArguments,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_register_tokens: int = 0,
+) -> tuple[UniRefinerModel, str, int]:
+    """What `load_backbone` makes of the same, on the meta device: a config is enough.
+
+    Frozen layers are neither quantised nor in float8.
+
+    Returns:
+        The register model, its backbone's name, and the side of the images in pixels.
+
+    Raises:
+        UniRefinerError: as `load_backbone`, of what the config tells.
+    """
+    tower: Any
+    fill, final_norm = args.register_fill, args.final_norm
+    if isinstance(model, (str, Path)):
+        name = backbone_source(model)[1]
+        tower = weightless_tower(model, args)
+    else:
+        name = _origin(model)[1]
+        _check_in_memory(args)
+        fill, final_norm = _settings_of(model, args)
+        inner = bare_tower(model)
+        with torch.device("meta"):
+            tower = type(inner)(copy.deepcopy(inner.config))
+        asked = args.attn_implementation or inner.config._attn_implementation
+        _set_attention(tower, _counted(asked))
+    framed = UniRefinerModel.from_tower(
+        tower.to(dtype),  # type: ignore[arg-type]
+        register_fill=fill,
+        final_norm=takes_final_norm(tower.config) if final_norm is None else final_norm,
+        num_register_tokens=num_register_tokens,
+    )
+    return framed, name, image_size(args.image_size, tower.config, framed.patch_size)
 
 
 def copied_tower(
@@ -211,9 +248,7 @@ def copied_tower(
     """
     copied: Any = copy.deepcopy(bare_tower(model))
     copied.to(device="cpu", dtype=dtype)
-    if attn_implementation is not None:
-        with as_users("attn_implementation"):
-            copied.set_attn_implementation(attn_implementation)
+    _set_attention(copied, attn_implementation)
     return copied.train(False)
 
 
@@ -241,6 +276,17 @@ def bare_tower(model: PreTrainedModel) -> PreTrainedModel:
         tower = tower.vision_model
     family_of(tower.config)
     return tower
+
+
+def _set_attention(tower: PreTrainedModel, name: str | None) -> None:
+    if name is not None:
+        with as_users("attn_implementation"):
+            tower.set_attn_implementation(name)
+
+
+def _counted(attention: str | None) -> str | None:
+    """Flash attention of any package is counted as that of PyTorch."""
+    return "sdpa" if attention is not None and "flash" in attention else attention
 
 
 def load_processor(source: str, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import UniRefinerError
-from ..modeling.towers import family_of
+from ..modeling.families import family_of
 from .quantized import layer_linears
 
 logger = logging.get_logger(__name__)

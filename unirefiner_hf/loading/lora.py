@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.towers import family_of, layers_of
+from ..modeling.families import family_of, layers_of
 
 
 def lora_targets(tower: PreTrainedModel) -> str:

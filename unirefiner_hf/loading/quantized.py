@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from ..errors import UniRefinerError
-from ..modeling.towers import family_of, layers_of
+from ..modeling.families import family_of, layers_of
 
 BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """Bytes of a quantised weight with its scales (nf4: double quantisation)."""

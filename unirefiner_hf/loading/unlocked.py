@@ -12,7 +12,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..errors import UniRefinerError
-from ..modeling.towers import family_of
+from ..modeling.families import family_of
 
 
 def unlocked_names(tower: PreTrainedModel) -> list[str]:

@@ -28,7 +28,7 @@ def method_named(name: str) -> type[MethodSettings]:
     Raises:
         UniRefinerError: no such method; names those there are.
     """
-    current = OLD_NAMES.get(name, name)
+    current = current_name(name)
     if current not in METHODS:
         known = ", ".join(map(repr, METHODS))
         near = difflib.get_close_matches(str(name), METHODS, n=1)
@@ -67,18 +67,30 @@ def method_settings(
                 "Set it in the settings."
             )
         return dataclasses.replace(method)
-    if isinstance(method, str):
-        kind = method_named(method)
-    elif isinstance(method, type) and issubclass(method, MethodSettings):
-        kind = method
-    else:
-        raise UniRefinerError(
-            f"method is a {type(method).__name__}: give a name ({', '.join(METHODS)}) or "
-            "settings such as UniRefinerSettings(...)."
-        )
+    kind = method_kind(method)
     for name in fields:
         check_setting(kind, name)
     return kind(**fields)
+
+
+def method_kind(
+    method: str | MethodSettings | type[MethodSettings],
+) -> type[MethodSettings]:
+    """The settings class of a method, given by its name, by settings or by the class.
+
+    Raises:
+        UniRefinerError: something else, or no such method.
+    """
+    if isinstance(method, str):
+        return method_named(method)
+    if isinstance(method, MethodSettings):
+        return type(method)
+    if isinstance(method, type) and issubclass(method, MethodSettings):
+        return method
+    raise UniRefinerError(
+        f"method is a {type(method).__name__}: give a name ({', '.join(METHODS)}) or "
+        "settings such as UniRefinerSettings(...)."
+    )
 
 
 def check_setting(method: type[MethodSettings], name: str) -> None:
@@ -101,6 +113,21 @@ def check_setting(method: type[MethodSettings], name: str) -> None:
     raise UniRefinerError(f"{name} is no setting of method {method.name}.{hint}")
 
 
-def reads_border(name: str) -> bool:
-    """Whether a method's model keeps a border of registers."""
-    return method_named(name).has_border
+def current_name(name: str) -> str:
+    """What a method of a checkpoint or record is called today; others stay as they are."""
+    return OLD_NAMES.get(name, name)
+
+
+def title_of(name: str) -> str:
+    """What tables call a method; of one that is not installed here, its name."""
+    return method_named(name).title if name in METHODS else name
+
+
+def is_control(name: str) -> bool:
+    """Whether other methods are compared with it."""
+    return name in METHODS and method_named(name).is_control
+
+
+def control_titles() -> list[str]:
+    """What tables call the methods that others are compared with."""
+    return [title_of(name) for name in METHODS if is_control(name)]

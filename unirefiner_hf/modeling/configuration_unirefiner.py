@@ -24,10 +24,9 @@ except ImportError as error:
         "pip install -U transformers"
     ) from error
 
-from .configuration_eva_clip import EvaClipVisionConfig
+from .families import DUAL_ENCODERS, family_of
+from .own_towers import published_config
 from .registers import FILLS
-
-AutoConfig.register(EvaClipVisionConfig.model_type, EvaClipVisionConfig, exist_ok=True)
 
 FORMAT_VERSION = 2
 """Version 2 has register tokens; without them files stay version 1."""
@@ -45,9 +44,6 @@ _STANDARD_KEYS = {
     "task_specific_params",
     "torchscript",
 }
-
-# InternViT in refined checkpoints of earlier versions; its weights are named as published.
-_EARLIER_INTERN_VIT = "unirefiner_intern_vit"
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +110,9 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             DPT heads want.
         num_register_tokens: learned tokens that join the sequence inside the tower and
             are thrown away with the frame (PH-Reg, arXiv 2505.21501).
+        method: name of the refinement method that made the weights (``unirefiner``,
+            ``ph_reg``, ``distillation``, ...); None: a bare backbone, or a file of a
+            version that did not say.
         format_version: version of this file format; 2 at least with register tokens.
 
     ``out_features`` (or ``out_indices``) names the stages a backbone returns: ``stem``,
@@ -121,7 +120,8 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Raises:
         UniRefinerError: an unknown argument (names the nearest valid one), a register
-            setting out of range, or a file written by a later format.
+            setting out of range, an unsupported tower, or a file written by a later
+            format.
     """
 
     model_type = "unirefiner"
@@ -137,6 +137,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     num_register_tokens: int = 0
+    method: str | None = None
     format_version: int = 1
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -149,18 +150,21 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         self._refuse_unknown(kwargs)
         if isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)
-        elif (self.vision_config or {}).get("model_type") == _EARLIER_INTERN_VIT:
-            # Here, because it imports the Auto classes of models.
-            from .configuration_intern_vit import PublishedInternViTConfig
-
-            self.vision_config = PublishedInternViTConfig.from_published(
+        elif not isinstance(self.vision_config or {}, dict):
+            raise UniRefinerError(
+                f"vision_config is a {type(self.vision_config).__name__}; give the config "
+                "of a vision tower, or its dict."
+            )
+        elif self.vision_config:
+            self.vision_config = published_config(self.vision_config) or (
                 self.vision_config
             )
         super().__post_init__(**kwargs)
+        self._check_tower()
         self._check_settings()
         if self.num_register_tokens:
             self.format_version = max(self.format_version, 2)
-        layers = self.vision_config.num_hidden_layers
+        layers = self.num_hidden_layers
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, layers + 1))]
         self.set_output_features_output_indices(
             out_features=out_features, out_indices=out_indices
@@ -200,6 +204,15 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         output = super().to_dict()
         output["vision_config"].pop("_name_or_path", None)
         return output
+
+    def _check_tower(self) -> None:
+        family_of(self.vision_config)
+        model_type = self.vision_config.model_type
+        if model_type in DUAL_ENCODERS:
+            raise UniRefinerError(
+                f"vision_config is that of a whole {model_type}; give the vision_config "
+                "in it."
+            )
 
     def _check_settings(self) -> None:
         if self.register_width < 0:

@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from .errors import UniRefinerError
+from .families import FAMILIES, family_of, layers_of, part_of
 from .modeling_unirefiner import UniRefinerModel
-from .towers import FAMILIES, _part, family_of, layers_of
 
 BLOCK, HEAD = "block", "head"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -123,7 +123,7 @@ def dense_text_features(
                 "only that head reaches the space of the text."
             )
         passed = model._run(pixel_values, register_width)
-        head = _part(model.tower, str(family.pooling_head))
+        head = part_of(model.tower, str(family.pooling_head))
         return _value_path(head, passed.image(passed.output.last_hidden_state))
     if projection is None:
         raise UniRefinerError(
@@ -145,14 +145,14 @@ def dense_text_features(
         keep = variant in KEEPS_REST if residual is None else residual
         block = layers_of(model.tower, family)[-1]
         layout = _Layout(
-            attention=_part(block, family.query.rpartition(".")[0]),
+            attention=part_of(block, family.query.rpartition(".")[0]),
             heads=config.num_attention_heads,
             norm_after=bool(getattr(config, "post_layernorm", False)),
         )
         tokens = _block_again(
             block, layout, states[-2], variant, grid, passed.prefix, sigma, keep
         )
-    norm = _part(model.tower, str(family.norm_path(config)))
+    norm = part_of(model.tower, str(family.norm_path(config)))
     return projection(norm(passed.image(tokens)))
 
 
@@ -171,12 +171,12 @@ class _Layout:
 
 def _value_path(head: nn.Module, tokens: Tensor) -> Tensor:
     """SigLIP's pooling head where every token attends to itself alone."""
-    attention: nn.MultiheadAttention = _part(head, "attention")  # type: ignore
+    attention: nn.MultiheadAttention = part_of(head, "attention")  # type: ignore
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     hidden = tokens.shape[-1]
     value = functional.linear(tokens, weight[2 * hidden :], bias[2 * hidden :])
     value = attention.out_proj(value)
-    return value + _part(head, "mlp")(_part(head, "layernorm")(value))
+    return value + part_of(head, "mlp")(part_of(head, "layernorm")(value))
 
 
 def _block_again(
@@ -190,11 +190,11 @@ def _block_again(
     keep: bool,
 ) -> Tensor:
     """The last block with another attention: ``(batch, tokens, hidden)`` to the same."""
-    norms = [_part(block, f"layer_norm{number}") for number in (1, 2)]
+    norms = [part_of(block, f"layer_norm{number}") for number in (1, 2)]
     inputs = tokens if layout.norm_after else norms[0](tokens)
 
     def projected(name: str) -> Tensor:
-        full = _part(layout.attention, name)(inputs)
+        full = part_of(layout.attention, name)(inputs)
         return full.unflatten(-1, (layout.heads, -1)).transpose(1, 2)
 
     value = projected("v_proj")
@@ -217,15 +217,15 @@ def _block_again(
     else:
         weights = None
     mixed = value if weights is None else weights @ value
-    out = _part(layout.attention, "out_proj")(mixed.transpose(1, 2).flatten(2))
+    out = part_of(layout.attention, "out_proj")(mixed.transpose(1, 2).flatten(2))
     if layout.norm_after:
         out = norms[0](out)
     if not keep:
         return out
     out = tokens + out
     if layout.norm_after:
-        return out + norms[1](_part(block, "mlp")(out))
-    return out + _part(block, "mlp")(norms[1](out))
+        return out + norms[1](part_of(block, "mlp")(out))
+    return out + part_of(block, "mlp")(norms[1](out))
 
 
 def neighbourhood(grid: tuple[int, int], sigma: float) -> Tensor:

@@ -24,18 +24,19 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_unirefiner import UniRefinerConfig
 from .errors import UniRefinerError, WrongKindError
-from .registers import appended_tokens, frame_pixels, split_frame
-from .towers import (
+from .families import (
     DUAL_ENCODERS,
     EMBEDDINGS,
-    QueriesKeys,
     TowerFamily,
+    family_of,
+    patch_size_of,
+)
+from .recording import QueriesKeys, record_queries_keys
+from .registers import appended_tokens, frame_pixels, split_frame
+from .towers import (
     build_tower,
     check_tower,
-    family_of,
     load_tower,
-    patch_size_of,
-    record_queries_keys,
     settle_tower,
     tower_inputs,
     translated,

@@ -31,7 +31,8 @@ from .configuration_eva_clip import EvaClipVisionConfig
 from .configuration_unirefiner import UniRefinerConfig
 from .dense_text import BLOCK
 from .errors import UniRefinerError
-from .towers import DUAL_ENCODERS, FAMILIES, translated
+from .families import DUAL_ENCODERS, FAMILIES
+from .towers import translated
 
 TEXT = "text"
 """Folder of a refined checkpoint that keeps the text side."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..modeling.families import layers_of
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..modeling.towers import layers_of
 
 
 def compile_layers(model: UniRefinerModel, backend: str = "inductor") -> None:

@@ -90,11 +90,9 @@ def load_recipe(recipe: str | Path | None = None, /, **fields: Any) -> Recipe:
 
 
 def recipe_of_words(
-    recipe: str | Path | None,
-    overrides: Mapping[str, Values],
-    defaults: Mapping[str, Values] | None = None,
+    recipe: str | Path | None, overrides: Mapping[str, Values]
 ) -> Recipe:
-    """`load_recipe` with the words of a command line, and what holds where none says."""
+    """`load_recipe` with the words of a command line."""
     path = None if recipe is None else find_recipe(str(recipe))
     told = {} if path is None else read_recipe(path)
     before, after = _method_of(told), _method_of({**told, **overrides})
@@ -106,7 +104,7 @@ def recipe_of_words(
         where = "" if source is None else f"{source.name}: "
         for key in keys:
             _check_key(key, after, where)
-    values = {**(defaults or {}), **told, **overrides}
+    values = {**told, **overrides}
     places = {key: values.pop(key, None) for key in ("model", "data", "method")}
     args, settings = build_arguments(values, (UniRefinerArguments, after))
     return Recipe(

@@ -16,8 +16,8 @@ from ..loading.backbone import Model
 from ..methods.settings import MethodSettings
 from ..results import Result, Table
 from .arguments import UniRefinerArguments
-from .keywords import split_keywords
-from .recipe import Recipe, load_recipe
+from .asked import asked
+from .recipe import Recipe
 from .trainer import RunError, UniRefinerTrainer
 
 
@@ -134,24 +134,11 @@ def refine(
             raise RunError("The images are given twice: as train_dataset and as data.")
         train_dataset = data
     if recipe is not None:
-        if args is not None:
-            raise RunError(
-                "args and recipe both say how to run: give one of them, and keywords for "
-                "what differs from the recipe."
-            )
-        if isinstance(recipe, Recipe):
-            recipe = _changed(recipe, method, fields)
-        elif isinstance(method, MethodSettings):
-            split_keywords(method, fields)
-            recipe = load_recipe(recipe, method=method.name, **fields)
-        else:
-            asked = {} if method is None else {"method": method}
-            recipe = load_recipe(recipe, **asked, **fields)
+        told = asked(recipe, args, method, fields)
         fields = {}
-        model = recipe.model if model is None else model
-        train_dataset = recipe.train_dataset if train_dataset is None else train_dataset
-        args = recipe.args
-        method = method if isinstance(method, MethodSettings) else recipe.method
+        model = told.model if model is None else model
+        train_dataset = told.train_dataset if train_dataset is None else train_dataset
+        args, method = told.args, told.method
     for name, value in (("model", model), ("data", train_dataset)):
         if value is None:
             raise RunError(
@@ -173,16 +160,3 @@ def refine(
     if not trainer.is_world_process_zero():
         return None
     return Refined(trainer.folder, trainer.record, pushed)
-
-
-def _changed(
-    recipe: Recipe, method: str | MethodSettings | None, fields: dict[str, Any]
-) -> Recipe:
-    """A loaded recipe is whole: what differs from it is set when it is loaded."""
-    if method is not None or fields:
-        name = "method" if method is not None else next(iter(fields))
-        raise RunError(
-            f"{name} is given twice: in the recipe that was loaded and as a keyword. Set it "
-            "in load_recipe(...)."
-        )
-    return recipe

@@ -23,7 +23,7 @@ PRELOADED = [
     "unirefiner_hf.cli.refine",
     "unirefiner_hf.hub.push",
     "unirefiner_hf.hub.verify",
-    "unirefiner_hf.training.run",
+    "unirefiner_hf.training.refine",
     "tests.hub.commands.verbs",
 ]
 

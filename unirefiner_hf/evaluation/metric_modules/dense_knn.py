@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from unirefiner_hf.data.labelled import IGNORE
 from unirefiner_hf.evaluation.metric_modules.image_metric import (
     ImageMetric,
     as_tensor,
     require_option,
 )
-from unirefiner_hf.evaluation.metrics import IGNORE, class_areas, scores_of
+from unirefiner_hf.evaluation.metrics import class_areas, scores_of
 from unirefiner_hf.modeling.errors import UniRefinerError
 
 _DESCRIPTION = """\

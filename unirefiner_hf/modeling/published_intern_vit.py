@@ -1,11 +1,20 @@
-"""Configuration of InternViT (arXiv 2312.14238) as published, for transformers' own tower."""
+"""InternViT (arXiv 2312.14238) as published, read as transformers' `InternVLVisionModel`.
+
+The same architecture under other names, with queries, keys and values packed: the weights
+are renamed and split as they are loaded, and saved under transformers' names.
+
+Imported where it is needed: this module imports a model of transformers, which may be
+what is importing us.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import InternVLVisionConfig
+from transformers import AutoModel, InternVLVisionConfig, InternVLVisionModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from .errors import UniRefinerError
 
@@ -35,6 +44,19 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "initializer_range": ("initializer_range", 0.02),
 }
 
+_RENAMED = {
+    "embeddings.class_embedding": "embeddings.cls_token",
+    "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
+    "embeddings.position_embedding": "embeddings.position_embeddings",
+    "encoder.layers.": "encoder.layer.",
+    ".attn.proj": ".attention.projection_layer",
+    ".attn.": ".attention.",
+    ".norm1": ".layernorm_before",
+    ".norm2": ".layernorm_after",
+    ".ls1": ".lambda_1",
+    ".ls2": ".lambda_2",
+}
+
 
 @strict
 class PublishedInternViTConfig(InternVLVisionConfig):
@@ -42,11 +64,6 @@ class PublishedInternViTConfig(InternVLVisionConfig):
 
     It is saved, and loads again, as an `InternVLVisionConfig`.
     """
-
-    @staticmethod
-    def describes(published: dict[str, Any]) -> bool:
-        """Whether a ``config.json`` is that of a published InternViT."""
-        return published.get("model_type") == "intern_vit_6b"
 
     @classmethod
     def from_published(cls, published: dict[str, Any]) -> PublishedInternViTConfig:
@@ -80,4 +97,43 @@ class PublishedInternViTConfig(InternVLVisionConfig):
         return cls(**kept, use_mean_pooling=True, dtype=dtype)
 
 
-__all__ = ["PublishedInternViTConfig"]
+class PublishedInternViT(InternVLVisionModel):
+    """An `InternVLVisionModel` that reads the published layout."""
+
+    config_class = PublishedInternViTConfig
+    _keys_to_ignore_on_load_unexpected = [r"encoder\.layer\.(45|46|47)\."]
+
+
+class _Renamed(WeightRenaming):
+    """A renaming that saving does not undo."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        return self  # as in transformers' LayerPairCollapse: no name of ours matches
+
+
+class _Split(WeightConverter):
+    """A split that saving does not undo."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightConverter:
+        return self
+
+
+register_checkpoint_conversion_mapping(
+    PublishedInternViT.__name__,
+    [
+        *(_Renamed(published, ours) for published, ours in _RENAMED.items()),
+        _Split(
+            "attention.qkv",
+            ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+            operations=[Chunk(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)
+AutoModel.register(PublishedInternViTConfig, PublishedInternViT, exist_ok=True)
+
+__all__ = ["PublishedInternViT", "PublishedInternViTConfig"]

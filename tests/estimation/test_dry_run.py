@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
-from unirefiner_hf.estimate import dry_run
 
 from benchmarks.memory_check import Case, allocated_bytes, estimated_bytes
 from tests.conftest import ALL_FAMILIES, FAMILIES, make_tiny_tower
+from unirefiner_hf.estimation import dry_run
 from unirefiner_hf.estimation.dry_run import dry_step
 from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.loading.unlocked import UnlockedTower, unlocked_names
-from unirefiner_hf.methods.distillation.objective import Distillation
-from unirefiner_hf.methods.ph_reg.objective import PHReg
-from unirefiner_hf.methods.unirefiner.objective import UniRefiner
+from unirefiner_hf.methods import objective as scopes
+from unirefiner_hf.methods.distillation.settings import DistillationSettings
+from unirefiner_hf.methods.objective import Surroundings
+from unirefiner_hf.methods.ph_reg.settings import PHRegSettings
 from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
@@ -30,15 +31,15 @@ def tiny_model(family, attention):
     return model
 
 
-def counted_step(model, settings, checkpointing=False, progress=1.0, method=UniRefiner):
+def counted_step(model, settings, checkpointing=False, progress=1.0):
     """Operations of a real step, by PyTorch's own counter."""
-    reference = torch.randn(1, 3, SIZE, SIZE)
-    objective = method(model, settings, reference).train()
+    given = Surroundings(torch.randn(1, 3, SIZE, SIZE), 32, torch.ones(3))
+    objective = settings.objective().build(model, settings, given).train()
     if checkpointing:
         objective.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    objective.reference_views(SIZE, SIZE)
+    objective.prepare(SIZE, SIZE)
     counter = FlopCounterMode(display=False)
     for ending in ("", "_backward"):
         # The counter does not know PyTorch's own attention kernel for CPUs.
@@ -76,7 +77,7 @@ def test_recomputation_is_counted_apart():
     assert again.total_flops == real
     recomputed = sum(again.flops.pop(dry_run.RECOMPUTATION).values())
     assert again.flops == plain.flops
-    student = sum(plain.flops[dry_run.STUDENT].values())
+    student = sum(plain.flops[scopes.STUDENT].values())
     assert 0.5 * student < recomputed <= student
 
 
@@ -85,42 +86,40 @@ def test_passes_are_told_with_their_images_and_tokens():
     cost = without_data(model, UniRefinerSettings(no_grad_batch=4))
     # 8 x 8 patches, a strip of 2, a frame of 1 and of 4, 1 + 4 prefix tokens.
     assert cost.images == {
-        dry_run.COMPOSITES: 6,
-        dry_run.FULL_IMAGE: 2,
-        dry_run.STUDENT: 2,
-        dry_run.RELATION: 6,
+        scopes.COMPOSITES: 6,
+        scopes.FULL_IMAGE: 2,
+        scopes.STUDENT: 2,
+        scopes.RELATION: 6,
     }
-    assert cost.calls[dry_run.COMPOSITES] == 2
-    assert cost.tokens[dry_run.COMPOSITES] == 6 * (8 * 10 + 5)
-    assert cost.tokens[dry_run.STUDENT] == 2 * (10 * 10 + 5)
-    assert cost.tokens[dry_run.RELATION] == 6 * (16 * 16 + 5)
+    assert cost.calls[scopes.COMPOSITES] == 2
+    assert cost.tokens[scopes.COMPOSITES] == 6 * (8 * 10 + 5)
+    assert cost.tokens[scopes.STUDENT] == 2 * (10 * 10 + 5)
+    assert cost.tokens[scopes.RELATION] == 6 * (16 * 16 + 5)
 
 
 def test_before_scd_there_is_no_relation_pass():
     model = tiny_model("dinov2", "sdpa").to("meta")
     cost = without_data(model, UniRefinerSettings(), progress=0.0)
-    assert dry_run.RELATION not in cost.flops
+    assert scopes.RELATION not in cost.flops
     real = counted_step(
         tiny_model("dinov2", "sdpa"), UniRefinerSettings(), progress=0.0
     )
     assert cost.total_flops == real
 
 
-def test_the_plain_method_is_counted_as_it_is():
-    settings = UniRefinerSettings(method="plain")
-    model = tiny_model("dinov2", "sdpa")
-    real = counted_step(model, settings, method=Distillation)
-    model = tiny_model("dinov2", "sdpa").to("meta")
-    cost = without_data(model, settings, objective_type=Distillation)
+def test_the_baseline_is_counted_as_it_is():
+    settings = DistillationSettings()
+    real = counted_step(tiny_model("dinov2", "sdpa"), settings)
+    cost = without_data(tiny_model("dinov2", "sdpa").to("meta"), settings)
     assert cost.total_flops == real
-    assert cost.images[dry_run.CROPS] == cost.images[dry_run.RELATION] == 6
-    assert cost.images[dry_run.FULL_IMAGE] == 2
-    assert cost.flops[dry_run.LOSSES] and dry_run.COMPOSITES not in cost.flops
+    assert cost.images[scopes.CROPS] == cost.images[scopes.RELATION] == 6
+    assert cost.images[scopes.FULL_IMAGE] == 2
+    assert cost.flops[scopes.LOSSES] and scopes.COMPOSITES not in cost.flops
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ph_reg_is_counted_as_it_is(family):
-    settings = UniRefinerSettings(method="ph_reg", teacher_views=3)
+    settings = PHRegSettings(teacher_views=3)
 
     def unlocked():
         tower = make_tiny_tower(family)
@@ -129,15 +128,15 @@ def test_ph_reg_is_counted_as_it_is(family):
         model.tower = UnlockedTower(tower, unlocked_names(tower))
         return model
 
-    real = counted_step(unlocked(), settings, method=PHReg)
+    real = counted_step(unlocked(), settings)
     model = unlocked().to("meta")
-    cost = without_data(model, settings, objective_type=PHReg)
+    cost = without_data(model, settings)
     assert cost.total_flops == real
-    assert cost.images[dry_run.VIEWS] == 6 and cost.images[dry_run.STUDENT] == 2
+    assert cost.images[scopes.VIEWS] == 6 and cost.images[scopes.STUDENT] == 2
     prefix = model.family.num_prefix_tokens(model.config.vision_config)
     patches = (SIZE // 4) ** 2
-    assert cost.tokens[dry_run.VIEWS] == 6 * (patches + prefix)
-    assert cost.tokens[dry_run.STUDENT] == 2 * (patches + prefix + 4)
+    assert cost.tokens[scopes.VIEWS] == 6 * (patches + prefix)
+    assert cost.tokens[scopes.STUDENT] == 2 * (patches + prefix + 4)
     assert cost.trainable == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
@@ -149,9 +148,9 @@ def test_mixed_precision_halves_the_tower_and_leaves_the_losses():
     cost = without_data(
         model, UniRefinerSettings(), autocast=torch.bfloat16, as_on_gpu=True
     )
-    for part in {*dry_run.PASSES} - {dry_run.CROPS, dry_run.VIEWS}:
+    for part in {*scopes.PASSES} - {scopes.CROPS, scopes.VIEWS}:
         assert set(cost.flops[part]) == {torch.bfloat16}
-    assert set(cost.flops[dry_run.LOSSES]) == {torch.float32}
+    assert set(cost.flops[scopes.LOSSES]) == {torch.float32}
 
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 4}
