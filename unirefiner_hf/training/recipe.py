@@ -80,7 +80,8 @@ def load_recipe(recipe: str | Path | None = None, /, **fields: Any) -> Recipe:
             the recipe's, settings of the recipe that it does not read are left out.
 
     Raises:
-        RecipeError: no such recipe or key (names the nearest valid one), a setting of
+        NoRecipeError: no such recipe; names the nearest.
+        RecipeError: no such key (names the nearest valid one), a setting of
             another method, a value of another type, or as `read_recipe`.
         UniRefinerError: a value that is out of its range.
     """
