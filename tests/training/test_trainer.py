@@ -499,6 +499,7 @@ def test_recipe_and_arguments_are_refused_together(args, tower_folder):
         ),
         ({"recipe": "demo", "method": "ph_reg", "num_crops": 2}, "no setting of"),
         ({"recipe": "demo", "max_step": 2}, "max_step"),
+        ({"recipe": "dem"}, "neither a file nor a shipped recipe. Near: demo"),
     ]:
         with pytest.raises(UniRefinerError, match=message):
             refine(**given)
