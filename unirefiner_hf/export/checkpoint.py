@@ -81,8 +81,8 @@ def export_refined(
     Weights as safetensors, a config that says the method, image processor, the adapter
     alone in ``adapter/``, a model card with the sha256 of every weight file, and the model's
     own code, so that it loads with ``trust_remote_code=True`` where this package is not
-    installed. The text encoder of a dual encoder goes into ``text/`` as it is, in its own dtype: loading the
-    model does not fetch it, so it costs nobody who does not want it.
+    installed. The text encoder of a dual encoder goes into ``text/`` as it is, in its own
+    dtype: loading the model does not fetch it, so it costs nobody who does not want it.
 
     Args:
         model: the refined model; its adapter is merged in place.
