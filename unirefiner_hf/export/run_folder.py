@@ -176,10 +176,12 @@ def as_path(given: str | os.PathLike[str], name: str) -> Path:
     """A path, ``~`` spelt out.
 
     Raises:
-        WrongKindError: an object of another kind; says which argument.
+        UniRefinerError: an object of another kind, or nothing; says which argument.
     """
     if not isinstance(given, (str, os.PathLike)):
         raise WrongKindError(f"{name} is a {type(given).__name__}: give a folder.")
+    if given == "":
+        raise RunFolderError(f"{name} is empty: give a folder.")
     return Path(given).expanduser()
 
 

@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
@@ -191,10 +190,6 @@ def explained(call: Callable[[], Answer], repo_id: str) -> Answer:
             f"{repo_id} is gated: ask for access on its page, then log in with "
             "'hf auth login' or set HF_TOKEN."
         ) from problem
-    except RevisionNotFoundError as problem:
-        raise HubError(f"{repo_id} has no such revision: {_first_line(problem)}") from (
-            problem
-        )
     except RepositoryNotFoundError as problem:
         raise HubError(
             f"There is no repository {repo_id} that may be seen from here: check the name; "

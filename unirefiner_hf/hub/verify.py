@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
 
 from ..export.card import own_metadata
 from ..export.digests import is_of_training, sha256
@@ -154,7 +155,10 @@ def _download(
     check_repo_id(repo_id)
 
     def download() -> str:
-        info = with_retries(lambda: HfApi().model_info(repo_id, revision=revision))
+        try:
+            info = with_retries(lambda: HfApi().model_info(repo_id, revision=revision))
+        except RevisionNotFoundError as problem:
+            raise HubError(f"{repo_id} has no revision {revision!r}.") from problem
         return with_retries(
             lambda: snapshot_download(
                 repo_id,
