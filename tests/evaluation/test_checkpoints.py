@@ -130,15 +130,15 @@ def test_models_in_memory(refined, tower_folder, tmp_path):
     bare = UniRefinerModel.from_tower(
         AutoModel.from_pretrained(tower_folder), register_width=0
     )
-    with pytest.raises(CheckpointMismatchError, match="give image_processor"):
+    with pytest.raises(CheckpointMismatchError, match="give processing_class"):
         load_checkpoint(bare)
     with pytest.raises(CheckpointMismatchError, match="no image processor at"):
-        load_checkpoint(bare, image_processor=str(tmp_path / "nowhere"))
+        load_checkpoint(bare, processing_class=str(tmp_path / "nowhere"))
     for processor in (
         AutoImageProcessor.from_pretrained(tower_folder),
         str(tower_folder),
     ):
-        found = load_checkpoint(bare, image_processor=processor)
+        found = load_checkpoint(bare, processing_class=processor)
         assert (found.method, found.mean) == (None, from_disk.mean)
     assert load_checkpoint(found) is found
 

@@ -83,7 +83,7 @@ def test_a_base_and_its_refined_model(tower_folder, scenes, tmp_path):
 def test_a_set_in_memory_measures_as_its_folder(tower_folder, scenes, in_memory):
     model = UniRefinerModel.from_tower(str(tower_folder), register_width=0).train()
     fields = {**FAST, "num_classes": 3, "pictures": 0}
-    ours = evaluate(model, in_memory, image_processor=str(tower_folder), **fields)
+    ours = evaluate(model, in_memory, processing_class=str(tower_folder), **fields)
     theirs = evaluate(str(tower_folder), str(scenes), **fields)
     assert model.training and ours.sections == ()
     (mine,), (base,) = (found.rows for found in (ours, theirs))

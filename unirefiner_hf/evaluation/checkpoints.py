@@ -111,7 +111,7 @@ def load_checkpoints(
     sources: Source | Sequence[Source],
     *,
     device: str | None = None,
-    image_processor: Any = None,
+    processing_class: Any = None,
     trust_remote_code: bool = False,
 ) -> list[Checkpoint]:
     """Checkpoints of one base in order, the base first, each under its own name.
@@ -120,7 +120,7 @@ def load_checkpoints(
         sources: one, or several; see `load_checkpoint`.
         device: where they are measured. None: where a model in memory lies, else a GPU if
             there is one; under a launcher, the process's own.
-        image_processor: of the models in memory.
+        processing_class: of the models in memory.
 
     Raises:
         CheckpointMismatchError: no checkpoint, models in memory on several devices, a
@@ -141,7 +141,7 @@ def load_checkpoints(
             source,
             final_norm=loaded[0].model.config.final_norm if loaded else None,
             device=place,
-            image_processor=image_processor,
+            processing_class=processing_class,
             trust_remote_code=trust_remote_code,
         )
         if loaded:
@@ -227,7 +227,7 @@ def load_checkpoint(
     final_norm: bool | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    image_processor: Any = None,
+    processing_class: Any = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Load a refined checkpoint, a run's folder, or a backbone as it was published.
@@ -240,7 +240,7 @@ def load_checkpoint(
         final_norm: of a published backbone, see `UniRefinerConfig`; None as in training:
             on for CLIP.
         device, dtype: of what is loaded.
-        image_processor: of a model in memory: an image processor, or the name or folder
+        processing_class: of a model in memory: an image processor, or the name or folder
             of one. None: that of where the model was loaded from.
 
     Raises:
@@ -253,7 +253,7 @@ def load_checkpoint(
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, UniRefinerModel):
-        return _in_memory(source, name, image_processor)
+        return _in_memory(source, name, processing_class)
     if not isinstance(source, (str, Path)):
         raise _not_a_source(source)
     location, folder, recorded = _locate(str(source))
@@ -331,7 +331,7 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
     if processor is None and not origin:
         raise CheckpointMismatchError(
             "A model in memory does not tell how its images are normalised: give "
-            "image_processor, an image processor or the name of a model that has it."
+            "processing_class, an image processor or the name of a model that has it."
         )
     if not hasattr(processor, "to_dict"):
         try:
@@ -339,7 +339,7 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
         except OSError as problem:
             raise CheckpointMismatchError(
                 f"There is no image processor at {processor or origin}: give "
-                f"image_processor. ({problem})"
+                f"processing_class. ({problem})"
             ) from problem
     mean, std = normalisation(processor, "the model in memory")
     config = model.config

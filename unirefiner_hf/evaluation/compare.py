@@ -175,7 +175,7 @@ def compare(
     max_images: int = 8,
     click: tuple[float, float] | None = None,
     image_column: str | None = None,
-    image_processor: Any = None,
+    processing_class: Any = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> FeatureComparison:
@@ -196,7 +196,7 @@ def compare(
             are shares of width and height, two whole numbers pixels of the image resized
             to ``size x size``. None: the middle.
         image_column: of a `datasets.Dataset`.
-        image_processor: of models in memory.
+        processing_class: of models in memory.
 
     Raises:
         ClickError: the place is not in the image.
@@ -210,7 +210,7 @@ def compare(
     first, second = load_checkpoints(
         [a, b],
         device=device,
-        image_processor=image_processor,
+        processing_class=processing_class,
         trust_remote_code=trust_remote_code,
     )
     side = first.side(size)

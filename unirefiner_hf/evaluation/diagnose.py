@@ -94,7 +94,7 @@ def diagnose(
     num_classes: int | None = None,
     own_thresholds: bool = False,
     image_column: str | None = None,
-    image_processor: Any = None,
+    processing_class: Any = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Diagnoses:
@@ -114,7 +114,7 @@ def diagnose(
         own_thresholds: measure the filters' shares by each model's own thresholds, not by
             the base's reference thresholds.
         image_column: of a `datasets.Dataset`.
-        image_processor: of models in memory.
+        processing_class: of models in memory.
 
     Raises:
         InputError: fewer than 2 usable images, or images of another kind.
@@ -134,7 +134,7 @@ def diagnose(
     loaded = load_checkpoints(
         models,
         device=device,
-        image_processor=image_processor,
+        processing_class=processing_class,
         trust_remote_code=trust_remote_code,
     )
     checkpoints = with_borders(loaded)

@@ -32,7 +32,7 @@ def evaluate(
     *,
     args: EvaluationArguments | None = None,
     protocol: Protocol | None = None,
-    image_processor: Any = None,
+    processing_class: Any = None,
     **fields: Any,
 ) -> Evaluation:
     """Compare checkpoints of one backbone on a task.
@@ -48,7 +48,7 @@ def evaluate(
             `datasets.DatasetDict` with both splits.
         args: data, seeds and outputs; None: made of `fields`.
         protocol: settings of the task; None: made of `fields`.
-        image_processor: of the models in memory.
+        processing_class: of the models in memory.
         fields: those of `EvaluationArguments` and of the task's settings.
 
     Raises:
@@ -65,7 +65,7 @@ def evaluate(
     loaded = load_checkpoints(
         checkpoints,
         device=arguments.device,
-        image_processor=image_processor,
+        processing_class=processing_class,
         trust_remote_code=arguments.trust_remote_code,
     )
     for checkpoint in loaded:

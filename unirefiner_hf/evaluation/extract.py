@@ -144,7 +144,7 @@ def extract_features(
     shard_size: str | int = "500MB",
     overwrite: bool = False,
     image_column: str | None = None,
-    image_processor: Any = None,
+    processing_class: Any = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Features:
@@ -166,7 +166,7 @@ def extract_features(
         shard_size: of a file: bytes, or a word such as ``500MB``.
         overwrite: replace features that this wrote before.
         image_column: of a `datasets.Dataset`.
-        image_processor: of a model in memory.
+        processing_class: of a model in memory.
 
     Raises:
         FeaturesError: an option out of range, features too large for the dtype, or images
@@ -183,7 +183,7 @@ def extract_features(
     (checkpoint,) = load_checkpoints(
         model,
         device=device,
-        image_processor=image_processor,
+        processing_class=processing_class,
         trust_remote_code=trust_remote_code,
     )
     if register_width is not None:
