@@ -13,20 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from unirefiner_hf.cli.refine import DATACLASSES
+from unirefiner_hf import UniRefinerError, UniRefinerSettings, load_recipe
 from unirefiner_hf.data.images import ImageError, list_images, load_rgb
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.loading.starter import StarterError
-from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
-from unirefiner_hf.modeling.errors import UniRefinerError
-from unirefiner_hf.resources import find_recipe
-from unirefiner_hf.training.recipe import build_arguments, load_recipe
 
 from .options import positive
 from .planting.agreement import measure_truth
@@ -43,13 +37,11 @@ def filters_of(recipe: str) -> UniRefinerSettings:
         UniRefinerError: a method without filters.
         RecipeError: a recipe that is none.
     """
-    values = load_recipe(find_recipe(recipe), {}, DATACLASSES)
-    names = {field.name for field in fields(UniRefinerSettings)}
-    own = {name: value for name, value in values.items() if name in names}
-    (settings,) = build_arguments(own, (UniRefinerSettings,))
-    if settings.method != "unirefiner":
+    # Nothing is trained, so the folder of the run is not made.
+    settings = load_recipe(recipe, output_dir="run").method
+    if not isinstance(settings, UniRefinerSettings):
         raise UniRefinerError(
-            f"{recipe} is of method {settings.method}, which has no filters."
+            f"{recipe} is of method {settings.name}, which has no filters."
         )
     return settings
 
@@ -155,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         run(parser.parse_args(argv))
-    except (ValueError, OSError, StarterError) as problem:
+    except (ValueError, OSError) as problem:
         parser.error(str(problem))
 
 

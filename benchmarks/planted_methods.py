@@ -29,7 +29,7 @@ from typing import Any
 from transformers import AutoImageProcessor
 
 from examples.stampscenes.build import APT, build
-from unirefiner_hf.cli import main as unirefiner
+from unirefiner_hf import UniRefinerError, load_recipe, refine
 from unirefiner_hf.data.labelled import class_labels
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
@@ -39,6 +39,7 @@ from unirefiner_hf.evaluation.segmentation import (
 )
 from unirefiner_hf.evaluation.tasks import open_splits
 from unirefiner_hf.loading.starter import NAME, starter_tower
+from unirefiner_hf.methods.registry import method_named, setting_names
 
 from .options import positive
 from .planting.planted import ADAPTER_WEIGHTS, dirty_checkpoint, load_rule
@@ -53,7 +54,7 @@ class Row:
     """One row of the table.
 
     Attributes:
-        options: of `unirefiner refine`; None for a tower that is measured as it is.
+        options: keys of a recipe and their words; None for a tower that is measured as it is.
         tower: that is trained or measured.
         frame: in patches, put round the images where the tower has none of its own.
     """
@@ -85,7 +86,7 @@ OWN_TARGETS = {
 """Crop tokens are pulled to the teacher's at their own place, away from the image's."""
 CROP_TARGETS = {"target_view": "crop", **OWN_TARGETS}
 """The same of the teacher's tokens without the strip: the recipe of that name."""
-PLAIN = {"method": "plain"}
+PLAIN = {"method": "distillation"}
 CONTROL = {**PLAIN, **OWN_TARGETS}
 """The same views, targets and negatives without frame and filters."""
 ABLATIONS = {
@@ -149,7 +150,7 @@ class Plan:
         scenes: unlabelled, the probe's training scenes; `val` of them are measured on.
         schedule: of the learning rate; the published one is constant.
         ah_layers: first and last layer of the attention flow.
-        common: further options of every `unirefiner refine`.
+        common: further keys of every training's recipe, as ``--key`` and word by turns.
         planter_sha256: of the adapter and its rule, see `planter_digest`.
     """
 
@@ -305,42 +306,49 @@ class Bench:
             )
         return content
 
-    def options(self, name: str, seed: int) -> dict[str, list[str]]:
-        """What `unirefiner refine` is given for a cell, `Plan.common` aside."""
+    def options(self, name: str, seed: int) -> dict[str, Any]:
+        """What `load_recipe` is given for a cell, `Plan.common` aside."""
         plan, row, run = self.plan, ROWS[name], self.run(name, seed)
-        first, last = map(str, plan.ah_layers)
+        own = row.options or {}
+        method = method_named(own.get("method", "unirefiner"))
+        of_method: dict[str, Any] = {}
+        if method.has_border:
+            of_method["register_factor"] = plan.register_factor
+        if "ah_layers" in setting_names(method):
+            of_method["ah_layers"] = list(plan.ah_layers)
         # A row's own value takes the place of a common one.
         return {
-            "model": [self.tower(row.tower)],
-            "data": [str(self.scenes / "train" / "images")],
-            "output_dir": [str(run)],
-            "image_size": [str(plan.size)],
-            "register_factor": [str(plan.register_factor)],
-            "ah_layers": [first, last],
-            "max_steps": [str(plan.steps)],
-            "per_device_train_batch_size": [str(plan.batch)],
-            "learning_rate": [str(plan.learning_rate)],
-            "lr_scheduler_type": [plan.schedule],
-            "scale_learning_rate": ["false"],
-            "seed": [str(seed)],
-            "report_images": ["0"],
-            "save_total_limit": ["1"],
-            **{option: [value] for option, value in (row.options or {}).items()},
+            "model": self.tower(row.tower),
+            "data": str(self.scenes / "train" / "images"),
+            "output_dir": str(run),
+            "image_size": plan.size,
+            "max_steps": plan.steps,
+            "per_device_train_batch_size": plan.batch,
+            "learning_rate": plan.learning_rate,
+            "lr_scheduler_type": plan.schedule,
+            "scale_learning_rate": False,
+            "seed": seed,
+            "report_images": 0,
+            "save_total_limit": 1,
+            "resume": True,
+            **of_method,
+            **own,
         }
 
     def _train(self, name: str, seed: int) -> None:
         given = self.options(name, seed)
-        common = [word[2:] for word in self.plan.common[::2]]
+        words = self.plan.common
+        common = {o.removeprefix("--"): v for o, v in zip(words[::2], words[1::2])}
         if taken := [option for option in common if option in given]:
             raise ValueError(
                 f"{taken[0]} is the bench's own; it cannot be among the common options."
             )
-        command = ["refine", "--resume", *self.plan.common]
-        for option, values in given.items():
-            command += [f"--{option}", *values]
-        print(f"$ unirefiner {' '.join(command)}", file=sys.stderr, flush=True)
-        if unirefiner(command):
-            raise RuntimeError(f"{self.run(name, seed).name} failed; see above.")
+        print(f"refining: {common | given}", file=sys.stderr, flush=True)
+        try:
+            refine(recipe=load_recipe(**common, **given))
+        except UniRefinerError as problem:
+            run = self.run(name, seed).name
+            raise RuntimeError(f"{run} failed: {problem}") from problem
 
     def _measure(self, checkpoint: Checkpoint) -> list[float]:
         """mIoU in percent, one a probe."""

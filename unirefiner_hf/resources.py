@@ -5,7 +5,13 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from .errors import UniRefinerError
+
 PACKAGE = Path(__file__).resolve().parent
+
+
+class RecipeNotFoundError(UniRefinerError, FileNotFoundError):
+    """There is no recipe of that name."""
 
 
 def resource_folder(name: str) -> Path:
@@ -35,7 +41,7 @@ def find_recipe(name: str) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
 
     Raises:
-        FileNotFoundError: neither; names the nearest shipped recipes.
+        RecipeNotFoundError: neither; names the nearest shipped recipes.
     """
     path = Path(name)
     if path.is_file():
@@ -45,7 +51,7 @@ def find_recipe(name: str) -> Path:
         return resource_folder("recipes") / f"{shipped}.yaml"
     near = difflib.get_close_matches(shipped, recipe_names(), n=3, cutoff=0.4)
     hint = f"Near: {', '.join(near)}. " if near else ""
-    raise FileNotFoundError(
+    raise RecipeNotFoundError(
         f"{name!r} is neither a file nor a shipped recipe. {hint}"
         "'unirefiner recipes' lists them."
     )

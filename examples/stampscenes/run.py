@@ -1,4 +1,4 @@
-"""The StampScenes table: base, framed base, plain distillation and refined model.
+"""The StampScenes table: base, base with a border, self-distillation, refined model.
 
 Builds the scenes, refines the starter tower on the unlabelled training scenes, distils it
 plainly for as many steps, and measures all four with linear probes.
@@ -9,10 +9,10 @@ plainly for as many steps, and measures all four with linear probes.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+from typing import Any
 
-from unirefiner_hf.cli import main as unirefiner
+from unirefiner_hf import UniRefinerError, evaluate, load_recipe, refine
 
 from .build import APT, SourceError, build
 
@@ -43,33 +43,38 @@ def run(
 
     Raises:
         SourceError: the packages' files are not there.
-        RuntimeError: a verb failed; it said why.
+        UniRefinerError: see `unirefiner_hf.refine` and `unirefiner_hf.evaluate`.
     """
     scenes = output / "scenes"
     if not (scenes / "dataset.json").is_file():
         build(scenes, packages, train=train, val=val, size=size, seed=seed)
-    for method, name in (("plain", "plain"), ("unirefiner", "refined")):
+    length: dict[str, Any] = {} if steps is None else {"max_steps": steps}
+    for method, name in (("distillation", "plain"), ("unirefiner", "refined")):
         folder = output / name
         if (folder / "merged").is_dir():
             continue
-        words = ["refine", "--config", str(RECIPE), "--method", method]
-        words += ["--model", model, "--data", str(scenes / "train" / "images")]
-        words += ["--output_dir", str(folder), "--image_size", str(size), "--resume"]
-        if steps is not None:
-            words += ["--max_steps", str(steps)]
-        _call(words)
-    words = ["evaluate", model, str(output / "plain"), str(output / "refined")]
-    words += ["--data", str(scenes), "--dataset_name", "StampScenes", "--fast"]
-    words += ["--crop", str(size), "--flip", "0", "--fast_iterations", "500"]
-    words += ["--evaluation_output", str(output / "evaluation")]
-    _call(words)
+        recipe = load_recipe(
+            RECIPE,
+            method=method,
+            model=model,
+            data=str(scenes / "train" / "images"),
+            output_dir=str(folder),
+            image_size=size,
+            resume=True,
+            **length,
+        )
+        refine(recipe=recipe)
+    evaluate(
+        [model, output / "plain", output / "refined"],
+        scenes,
+        dataset_name="StampScenes",
+        fast=True,
+        crop=size,
+        flip=0.0,
+        fast_iterations=500,
+        evaluation_output=str(output / "evaluation"),
+    )
     return output / "evaluation"
-
-
-def _call(words: list[str]) -> None:
-    print("$ unirefiner " + " ".join(words), file=sys.stderr, flush=True)
-    if unirefiner(words):
-        raise RuntimeError(f"unirefiner {words[0]} failed; see above.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     try:
         print(f"The table is in {run(**vars(parser.parse_args(argv)))}.")
-    except (SourceError, RuntimeError) as problem:
+    except (SourceError, UniRefinerError) as problem:
         parser.error(str(problem))
 
 

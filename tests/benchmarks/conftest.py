@@ -7,14 +7,16 @@ import torch
 
 from tests.evaluation.conftest import scenes, tower_folder  # noqa: F401
 from unirefiner_hf.loading.adapter import save_adapter
-from unirefiner_hf.loading.backbone import load_base
-from unirefiner_hf.training.arguments import ModelArguments
+from unirefiner_hf.loading.arguments import BackboneArguments
+from unirefiner_hf.methods.base import load_trainable
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 
 
 @pytest.fixture
 def planter(tower_folder, tmp_path):  # noqa: F811
     """An adapter of the tiny tower that changes its tokens."""
-    model = load_base(ModelArguments(str(tower_folder), image_size=24)).model
+    args = BackboneArguments(image_size=24)
+    model = load_trainable(str(tower_folder), args, UniRefinerSettings()).model
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

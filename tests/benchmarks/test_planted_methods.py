@@ -17,11 +17,9 @@ from benchmarks.planted_methods import (
     summary,
     table,
 )
+from unirefiner_hf import UniRefinerArguments, load_recipe
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.methods.settings import METHODS
-from unirefiner_hf.resources import find_recipe
-from unirefiner_hf.training.arguments import ModelArguments, RefineTrainingArguments
-from unirefiner_hf.training.recipe import build_arguments, load_recipe
+from unirefiner_hf.methods.registry import METHODS, method_named
 
 WORDS = ["--steps", "1", "--size", "24", "--batch", "2", "--probes", "2"]
 WORDS += ["--probe_steps", "2", "--ah_layers", "0", "1", "--seeds", "1"]
@@ -129,15 +127,13 @@ def test_the_share_recovered_by_hand():
 
 
 def test_every_option_of_every_row_is_one_of_refine(tmp_path):
-    from unirefiner_hf.cli.refine import DATACLASSES
-
+    methods = set()
     for name, row in ROWS.items():
-        values = {key: [value] for key, value in (row.options or {}).items()}
-        needed = {"model": ["x"], "data": ["x"], "output_dir": [str(tmp_path)]}
-        built = build_arguments({**needed, **values}, DATACLASSES)
-        assert isinstance(built[0], ModelArguments), name
-        assert isinstance(built[3], RefineTrainingArguments), name
-    methods = {(row.options or {}).get("method", "unirefiner") for row in ROWS.values()}
+        built = load_recipe(output_dir=str(tmp_path), **(row.options or {}))
+        asked = (row.options or {}).get("method", "unirefiner")
+        assert isinstance(built.args, UniRefinerArguments), name
+        assert isinstance(built.method, method_named(asked)), name
+        methods.add(built.method.name)
     assert methods == set(METHODS)
 
 
@@ -151,23 +147,16 @@ def test_rows_differ_from_the_method_by_one_option():
 
 def test_the_recipe_is_what_was_measured(scenes, tmp_path):
     """Model, method and training alike, but for paths and what only tells of a run."""
-    from unirefiner_hf.cli.refine import DATACLASSES
-
     (tmp_path / "scenes").symlink_to(scenes)
-    path = find_recipe("dinov2/small_crop_targets")
-    folder = {"output_dir": [str(tmp_path)]}
-    recipe = build_arguments(
-        load_recipe(path, {"data": ["x"], "model": ["x"], **folder}, DATACLASSES),
-        DATACLASSES,
-    )
-    given = Bench(tmp_path, Plan("m", "p")).options(
-        "crop targets on the clean tower", 0
-    )
-    given |= {"data": ["x"], "model": ["x"], **folder}
-    told = ("seed", "data_seed", "report_images", "save_total_limit")
-    measured = build_arguments(given, DATACLASSES)
-    for ours, theirs in zip(recipe, measured, strict=True):
-        ours, theirs = vars(ours), vars(theirs)
+    same = {"data": "x", "model": "x", "output_dir": str(tmp_path)}
+    recipe = load_recipe("dinov2/small_crop_targets", **same)
+    row = "crop targets on the clean tower"
+    given = Bench(tmp_path, Plan("m", "p")).options(row, 0)
+    measured = load_recipe(**{**given, **same})
+    told = ("seed", "data_seed", "report_images", "save_total_limit", "resume")
+    assert type(recipe.method) is type(measured.method)
+    for part in ("args", "method"):
+        ours, theirs = vars(getattr(recipe, part)), vars(getattr(measured, part))
         wrong = [name for name in ours if str(ours[name]) != str(theirs[name])]
         assert [name for name in wrong if name not in told] == []
 

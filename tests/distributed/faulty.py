@@ -12,10 +12,12 @@ import sys
 import datasets
 
 from unirefiner_hf.cli import main
-from unirefiner_hf.training import trainer
+from unirefiner_hf.export.run_folder import random_state_file
+from unirefiner_hf.training import checkpoints
+from unirefiner_hf.training.trainer import UniRefinerTrainer
 
 kind, process, step = os.environ["FAULT"].split(":")
-compute, save = trainer.RefinementTrainer.compute_loss, trainer.save_tree
+compute, save = UniRefinerTrainer.compute_loss, checkpoints.save_tree
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
 
 
@@ -30,7 +32,7 @@ def faulty_loss(self, model, inputs, **options):
 
 
 def faulty_save(tree, path):
-    here = path.name == f"random_state_{process}.safetensors"
+    here = path.name == random_state_file(int(process))
     if here and f"checkpoint-{step}" in str(path):
         if kind == "full":
             raise OSError(28, "No space left on device")
@@ -40,6 +42,6 @@ def faulty_save(tree, path):
 
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0
-trainer.RefinementTrainer.compute_loss = faulty_loss
-trainer.save_tree = faulty_save
+UniRefinerTrainer.compute_loss = faulty_loss  # type: ignore[method-assign]
+checkpoints.save_tree = faulty_save
 sys.exit(main())

@@ -65,7 +65,8 @@ def save_refined(folder, tower_folder, method=None, noise=0.0):
     source = tower_folder / "preprocessor_config.json"
     (merged / "preprocessor_config.json").write_text(source.read_text())
     if method:
-        (folder / "run.json").write_text(json.dumps({"method": {"name": method}}))
+        record = {"format": 1, "method": {"name": method}}
+        (folder / "run.json").write_text(json.dumps(record))
     return merged
 
 

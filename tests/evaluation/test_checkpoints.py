@@ -8,7 +8,13 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 from tests.evaluation.conftest import save_refined
-from tests.modeling.test_published_layouts import eva_config, eva_weights, write
+from tests.modeling.test_published_layouts import (
+    eva_config,
+    eva_weights,
+    intern_config,
+    intern_weights,
+    write,
+)
 from tests.training.conftest import save_tiny_tower
 from unirefiner_hf.evaluation.checkpoints import (
     CheckpointMismatchError,
@@ -17,6 +23,7 @@ from unirefiner_hf.evaluation.checkpoints import (
     load_checkpoints,
     measuring,
 )
+from unirefiner_hf.export.run_folder import RunFolderError
 from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
@@ -81,22 +88,36 @@ def test_a_moved_baseline_is_still_the_baseline(tower_folder, tmp_path):
 
 def test_a_broken_record_is_named(tower_folder, tmp_path):
     merged = save_refined(tmp_path / "run", tower_folder, "unirefiner")
-    for text in ("{", "[]", "{}"):
+    for text, message in (
+        ("{", "run.json cannot be read"),
+        ("{}", "run.json is of format None"),
+        ('{"format": 1}', "run.json names no method"),
+    ):
         (tmp_path / "run" / "run.json").write_text(text)
-        with pytest.raises(CheckpointMismatchError, match="run.json is not the record"):
+        with pytest.raises(RunFolderError, match=message):
             load_checkpoint(merged)
 
 
 def test_published_layouts_load(tmp_path):
-    config = eva_config()
-    write(tmp_path, config, eva_weights(config["vision_config"]))
+    """EVA-CLIP, whose config transformers takes for a CLIP, and InternViT, unknown to it."""
     save_tiny_tower(tmp_path / "other")
     name = "preprocessor_config.json"
-    (tmp_path / name).write_text((tmp_path / "other" / name).read_text())
-    found = load_checkpoint(tmp_path)
-    assert found.model.config.vision_config.model_type == "unirefiner_eva_clip_vision"
-    assert found.method is None
-    assert found.feature_map(torch.zeros(1, 3, 16, 16)).shape == (1, 32, 4, 4)
+    eva, intern = eva_config(), intern_config()
+    for kind, config, weights in (
+        ("eva", eva, eva_weights(eva["vision_config"])),
+        ("intern", intern, intern_weights(intern)),
+    ):
+        folder = tmp_path / kind
+        folder.mkdir()
+        write(folder, config, weights)
+        (folder / name).write_text((tmp_path / "other" / name).read_text())
+        found = load_checkpoint(folder)
+        pixels = torch.randn(1, 3, 16, 24)
+        tower = UniRefinerModel.from_tower(folder, register_width=0).eval()
+        with torch.no_grad():
+            expected = tower(pixels).feature_map
+        assert torch.equal(found.feature_map(pixels), expected)
+        assert (found.method, found.name) == (None, kind)
 
 
 def test_models_in_memory(refined, tower_folder, tmp_path):
@@ -140,7 +161,7 @@ def test_what_is_no_checkpoint(tower_folder, refined, tmp_path, monkeypatch):
         load_checkpoints([str(tower_folder), 3])
     with pytest.raises(CheckpointMismatchError, match="no checkpoint"):
         load_checkpoints([])
-    with pytest.raises(CheckpointMismatchError, match="neither a folder here nor"):
+    with pytest.raises(UniRefinerError, match="someone/nothing-here cannot be loaded"):
         load_checkpoint("someone/nothing-here")
     with pytest.raises(UniRefinerError, match="device is 'gpu'"):
         load_checkpoints(str(tower_folder), device="gpu")
@@ -154,5 +175,5 @@ def test_what_is_no_checkpoint(tower_folder, refined, tmp_path, monkeypatch):
     shutil.copytree(tower_folder, tmp_path / "r")
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "image_mean": None}))
-    with pytest.raises(CheckpointMismatchError, match="states no image_mean"):
+    with pytest.raises(UniRefinerError, match="states no image_mean"):
         load_checkpoint(tmp_path / "r")

@@ -119,7 +119,11 @@ def test_diagnose_as_the_measures_say(tower_folder, refined, photos, photo_set):
     images = [load_rgb(path) for path in sorted(photos.rglob("*.png"))]
     expected = measure_cleanliness(base, images, 24)
     by_base = measure_cleanliness(other, images, 24, base=expected).values
+    names = [base.name, f"{base.name} + border of 1", other.name]
+    assert list(found.checkpoints) == names
     assert found.checkpoints[base.name] == pytest.approx(expected.values)
+    framed = measure_cleanliness(base.framed(1), images, 24, base=expected)
+    assert found.checkpoints[names[1]] == pytest.approx(framed.values)
     assert found.checkpoints[other.name] == pytest.approx(by_base)
     again = diagnose([base, other], photo_set, size=24, own_thresholds=True)
     own = measure_cleanliness(other, images, 24).values
@@ -138,7 +142,7 @@ def test_diagnoses_print_and_save(tower_folder, refined, photos, tmp_path):
     assert (content["images"], content["size"]) == (5, 24)
     assert list(content["skipped"]) == ["broken.jpg"]
     page = found.save_html(tmp_path / "page.html").read_text()
-    assert page.count("<img") == 2 * 4 * 3 and "attention hijackee (AH)" in page
+    assert page.count("<img") == 2 * 4 * 4 and "attention hijackee (AH)" in page
 
 
 def test_what_diagnose_refuses(tower_folder, photos, photo_set, scenes, monkeypatch):

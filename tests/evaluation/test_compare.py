@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from unirefiner_hf import compare
 from unirefiner_hf.cli import main
 from unirefiner_hf.data.images import load_rgb, preprocess
 from unirefiner_hf.evaluation.checkpoints import (
@@ -15,7 +16,7 @@ from unirefiner_hf.evaluation.checkpoints import (
     load_checkpoint,
 )
 from unirefiner_hf.evaluation.cleanliness import measure_cleanliness
-from unirefiner_hf.evaluation.compare import ClickError, compare
+from unirefiner_hf.evaluation.compare import ClickError
 from unirefiner_hf.evaluation.inputs import InputError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 

@@ -9,13 +9,15 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.conftest import save_refined
+from unirefiner_hf import evaluate
 from unirefiner_hf.data.labelled import LabelError, open_pairs
 from unirefiner_hf.evaluation import checkpoints as loading
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.depth import DepthSettings
-from unirefiner_hf.evaluation.evaluate import ArgumentError, evaluate
-from unirefiner_hf.evaluation.results import ResultsError, read_results
+from unirefiner_hf.evaluation.evaluate import ArgumentError
 from unirefiner_hf.evaluation.segmentation import SegmentationSettings
+from unirefiner_hf.export.run_folder import read_evaluation
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.outputs import OutputError
 
@@ -69,7 +71,7 @@ def test_a_base_and_its_refined_model(tower_folder, scenes, tmp_path):
     assert "Missing control: self-distillation baseline" in text
     assert found.to_dict() == json.loads((tmp_path / "out/evaluation.json").read_text())
     entries = found.to_dict()["checkpoints"]["refined"]
-    assert entries == read_results(mine / "evaluation.json")
+    assert entries == read_evaluation(mine / "evaluation.json")
     assert list(entries[0]["controls"]) == names[:2]
     page = found.save_html(tmp_path / "page.html").read_text()
     assert page == (tmp_path / "out/report.html").read_text()
@@ -176,5 +178,5 @@ def test_later_results_are_seen_before_measuring(
     mine = save_refined(tmp_path / "mine", tower_folder)
     (mine / "evaluation.json").write_text('{"format": 9}')
     monkeypatch.setattr(SegmentationSettings, "protocol", None)
-    with pytest.raises(ResultsError, match="is of format 9, expected 1"):
+    with pytest.raises(UniRefinerError, match="is of format 9, expected 1"):
         evaluate([tower_folder, mine], scenes, **FAST)

@@ -8,17 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unirefiner_hf import __version__
+from unirefiner_hf import Features, __version__, extract_features
 from unirefiner_hf.cli import main
 from unirefiner_hf.data.images import load_rgb, preprocess
 from unirefiner_hf.evaluation import extract
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
-from unirefiner_hf.evaluation.extract import (
-    Features,
-    FeaturesError,
-    extract_features,
-    weights_sha256,
-)
+from unirefiner_hf.evaluation.extract import FeaturesError, weights_sha256
 from unirefiner_hf.evaluation.inputs import InputError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.outputs import OutputError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 import unirefiner_hf
 from tests.conftest import make_tiny_tower
 from unirefiner_hf.loading.adapter import save_adapter
+from unirefiner_hf.loading.arguments import BackboneArguments
 from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.methods.base import load_trainable
+from unirefiner_hf.methods.registry import method_settings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 SIZE = 24
@@ -142,9 +146,46 @@ def save_run(tmp_path: Path) -> Callable[..., tuple[UniRefinerModel, Path, Path]
             save_adapter(model, run / name)
         state = {"lazy_channels": [], "skipped": {}}
         (run / "checkpoint-20" / "refiner_state.json").write_text(json.dumps(state))
+        (run / "checkpoint-20" / "trainer_state.json").write_text('{"global_step": 20}')
         record = make_record(model__family=family, model__final_norm=norm, **changes)
         (run / "run.json").write_text(json.dumps(record))
         Image.new("RGB", (8, 8)).save(run / "before_after.png")
         return model, run, base
+
+    return save
+
+
+TRAINED = {"unirefiner": {}, "distillation": {}, "ph_reg": {"register_tokens": 4}}
+"""Method -> settings of its tiny run."""
+WIDTHS = {"unirefiner": 2, "distillation": 0, "ph_reg": 0}
+
+
+@pytest.fixture
+def save_method_run(
+    tmp_path: Path,
+) -> Callable[[str], tuple[UniRefinerModel, Path, Path]]:
+    """Factory: a run of a method as today's record tells it; gives what `save_run` does."""
+
+    def save(method: str):
+        base, run = tmp_path / "tiny-tower", tmp_path / "run"
+        make_tiny_tower("dinov2").save_pretrained(base)
+        make_processor("dinov2").save_pretrained(base)
+        settings = method_settings(method, TRAINED[method])
+        arguments = BackboneArguments(image_size=SIZE, model_license="apache-2.0")
+        model = load_trainable(str(base), arguments, settings).model
+        model.config.register_width = WIDTHS[method]
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.1 * noise)
+        save_adapter(model, run / "adapter")
+        record = make_record(model__register_width=WIDTHS[method])
+        for name in settings.unread:
+            record["model"].pop(name, None)
+        record["method"] = {"name": method, **dataclasses.asdict(settings)}
+        (run / "run.json").write_text(json.dumps(record))
+        return model.eval(), run, base
 
     return save

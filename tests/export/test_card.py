@@ -45,7 +45,7 @@ EVALUATION = {
             "difference": 5.625,
             "interval": [4.5, 6.75],
         },
-        "plain distillation": {
+        "self-distillation baseline": {
             "value": 45.5,
             "std": None,
             "register_width": 0,
@@ -78,6 +78,7 @@ def test_metadata_parses_exactly():
         "tags": ["unirefiner", "dense-features", "vision-transformer", "dinov2"],
         "unirefiner": {
             "base": "example-lab/tiny-tower",
+            "method": "unirefiner",
             "version": "0.1.0",
             "weights": WEIGHTS,
         },
@@ -120,7 +121,7 @@ def test_evaluations_become_a_model_index_with_their_controls():
                             "register_width": 2,
                             "controls": {
                                 "base": EVALUATION["controls"]["base"],
-                                "plain distillation": {
+                                "self-distillation baseline": {
                                     "value": 45.5,
                                     "register_width": 0,
                                     "difference": 4.125,
@@ -140,12 +141,12 @@ def test_evaluations_become_a_model_index_with_their_controls():
         in text
     )
     assert "| base | 44.00 ± 0.25 | +5.62 [+4.50, +6.75] |" in text
-    assert "| plain distillation | 45.50 | +4.12 |" in text
+    assert "| self-distillation baseline | 45.50 | +4.12 |" in text
     assert "| **this model** | **49.62 ± 0.50** | |" in text
     assert "Not compared with" not in text
-    lacking = {**EVALUATION, "missing_controls": ["plain distillation"]}
+    lacking = {**EVALUATION, "missing_controls": ["self-distillation baseline"]}
     text = render(evaluations=[lacking])
-    assert "Not compared with: plain distillation." in text
+    assert "Not compared with: self-distillation baseline." in text
     assert "Nothing was measured" not in render(
         evaluations=[EVALUATION], spurious_shares=None
     )
@@ -186,7 +187,6 @@ def test_the_run_is_told():
         "2 patches",
         "24 x 24 pixels",
         "2605.19622",
-        "2505.21501",
     ):
         assert part in text, part
     assert "clean_ratio" not in text
@@ -195,13 +195,14 @@ def test_the_run_is_told():
 
 def test_the_control_is_not_called_refined():
     text = render(method__name="plain", model__register_width=0)
-    assert "# tiny-tower-distilled" in text and "plain self-distillation" in text
+    assert "# tiny-tower-distilled" in text
+    assert "after self-distillation alone" in text and "It is the control" in text
     assert "refined by UniRefiner" not in text and "unirefined" not in text
     assert "| num_crops | 3 |" in text and "| lora_rank |" in text
     assert not re.search(r"\| (fpgp_|ah_|uni_weight|register_)", text)
-    assert "Register frame" not in text and "needs none" in text
+    assert "Border of registers" not in text and "needs none" in text
     native = render(native=True, method__name="plain", model__register_width=0)
-    assert "This is the plain tower.\n" in native and "pad the" not in native
+    assert "This is the backbone alone" in native and "pad the" not in native
 
 
 def test_without_measurement_it_says_so():

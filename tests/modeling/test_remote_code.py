@@ -90,7 +90,8 @@ def test_fresh_process_without_the_package(family, options, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fresh process ok" in done.stdout
-    assert (folder / "again" / "towers.py").is_file()
+    again = {path.name for path in (folder / "again").glob("*.py")}
+    assert again == {path.name for path in folder.glob("*.py")}
 
 
 def test_flat_files_and_auto_map(tmp_path):
@@ -104,22 +105,36 @@ def test_flat_files_and_auto_map(tmp_path):
     assert not list(tmp_path.glob("*.bin"))
 
 
+CORE = {
+    "configuration_unirefiner",
+    "errors",
+    "families",
+    "modeling_unirefiner",
+    "own_towers",
+    "recording",
+    "registers",
+    "towers",
+}
+EVA_CLIP = {"configuration_eva_clip", "modeling_eva_clip", "vit_parts"}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("dinov2", set()),
+        ("internvl_vision", set()),
+        ("unirefiner_eva_clip_vision", EVA_CLIP),
+    ],
+)
+def test_the_folder_holds_the_code_of_its_family_alone(family, more, tmp_path):
+    publish(tmp_path, family)
+    assert {path.stem for path in tmp_path.glob("*.py")} == CORE | more
+
+
 def test_saving_alone_copies_the_code_too(tmp_path):
     UniRefinerModel.from_tower(make_tiny_tower("dinov2")).save_pretrained(tmp_path)
     here = Path(unirefiner_hf.__file__).parent / "modeling"
-    for name in (
-        "modeling_unirefiner",
-        "configuration_unirefiner",
-        "configuration_eva_clip",
-        "modeling_eva_clip",
-        "errors",
-        "families",
-        "recording",
-        "published_intern_vit",
-        "registers",
-        "towers",
-        "vit_parts",
-    ):
+    for name in CORE | EVA_CLIP:
         source = (here / f"{name}.py").read_text()
         assert (tmp_path / f"{name}.py").read_text() == source
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]

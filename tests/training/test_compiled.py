@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.methods.conftest import make_objective
-from unirefiner_hf.training.arguments import RefineTrainingArguments
+from unirefiner_hf.modeling.errors import UniRefinerError
+from unirefiner_hf.training.arguments import UniRefinerArguments
 from unirefiner_hf.training.compiled import compile_layers
 
 
@@ -46,5 +47,5 @@ def test_compiled_layers_give_the_same_losses_from_few_graphs(checkpointing):
 
 def test_torch_compile_of_the_whole_is_refused(tmp_path):
     for option in ({"torch_compile": True}, {"torch_compile_backend": "inductor"}):
-        with pytest.raises(ValueError, match="use compile_layers"):
-            RefineTrainingArguments(output_dir=str(tmp_path), **option)
+        with pytest.raises(UniRefinerError, match="use compile_layers"):
+            UniRefinerArguments(output_dir=str(tmp_path), **option)

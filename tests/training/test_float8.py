@@ -6,7 +6,8 @@ from torch import nn
 
 from tests.conftest import make_tiny_tower
 from tests.training.conftest import refine, save_tiny_tower
-from unirefiner_hf.loading.backbone import load_base
+from unirefiner_hf.loading.arguments import BackboneArguments
+from unirefiner_hf.loading.backbone import load_backbone
 from unirefiner_hf.loading.float8 import (
     Float8Error,
     Float8Linear,
@@ -18,7 +19,6 @@ from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.methods.unirefiner.objective import UniRefiner
 from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
-from unirefiner_hf.training.arguments import ModelArguments
 
 
 def objective(float8):
@@ -96,7 +96,7 @@ def test_a_side_off_the_multiple_is_left_and_counted(monkeypatch):
 
 def test_the_option_reaches_the_tower_and_wants_a_gpu(arguments, tmp_path):
     folder = str(save_tiny_tower(tmp_path / "tower"))
-    model = load_base(ModelArguments(folder, teacher_float8=True)).model
+    model = load_backbone(folder, BackboneArguments(teacher_float8=True)).model
     assert any(isinstance(module, Float8Linear) for module in model.modules())
     with pytest.raises(Float8Error, match="compute capability 8.9"):
         refine(*arguments(model={"teacher_float8": True}))

@@ -9,13 +9,11 @@ from torch import nn
 
 from tests.conftest import FAMILIES, make_tiny_tower
 from unirefiner_hf.loading.lora import add_adapter
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.families import family_of
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.spurious.settings import FilterSettings
-from unirefiner_hf.training.arguments import (
-    RefineTrainingArguments,
-    scaled_learning_rate,
-)
+from unirefiner_hf.training.arguments import UniRefinerArguments
 from unirefiner_hf.training.before_after import compare, figure, join_frame
 from unirefiner_hf.training.state_tree import (
     load_tree,
@@ -85,16 +83,20 @@ def test_the_adapter_names_its_base_without_a_path(name, written):
     assert wrapped.peft_config["default"].base_model_name_or_path == written
 
 
-def test_the_learning_rate_is_that_of_batch_16():
-    assert scaled_learning_rate(1e-4, 16) == 1e-4
-    assert scaled_learning_rate(1e-4, 4) == pytest.approx(2.5e-5)
+def test_the_learning_rate_is_that_of_batch_16(tmp_path):
+    args = UniRefinerArguments(str(tmp_path), learning_rate=1e-4, use_cpu=True)
+    assert args.scaled_learning_rate(16) == 1e-4
+    assert args.scaled_learning_rate(4) == pytest.approx(2.5e-5)
+    assert args.learning_rate == 1e-4
+    args.scale_learning_rate = False
+    assert args.scaled_learning_rate(4) == 1e-4
 
 
 def test_fp16_and_a_missing_output_folder_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="bf16"):
-        RefineTrainingArguments(output_dir=str(tmp_path), fp16=True, use_cpu=True)
-    with pytest.raises(ValueError, match="output_dir"):
-        RefineTrainingArguments()
+    with pytest.raises(UniRefinerError, match="bf16"):
+        UniRefinerArguments(output_dir=str(tmp_path), fp16=True, use_cpu=True)
+    with pytest.raises(UniRefinerError, match="output_dir"):
+        UniRefinerArguments()
 
 
 def test_join_frame_undoes_the_split():

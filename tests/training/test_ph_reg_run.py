@@ -12,16 +12,17 @@ from tests.training.conftest import refine, save_tiny_tower
 from tests.training.test_run import DEMANDING, adapter, losses
 from unirefiner_hf.evaluation.checkpoints import check_same_tower, load_checkpoint
 from unirefiner_hf.export.checkpoint import ExportError
+from unirefiner_hf.export.merge import load_refined, merge
 from unirefiner_hf.export.reload_check import check_reload, encode, example_pixels
-from unirefiner_hf.export.run_folder import load_refined, merge, read_run
-from unirefiner_hf.loading.backbone import BackboneError
-from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
+from unirefiner_hf.export.run_folder import read_run
+from unirefiner_hf.loading.adapter import load_adapter
+from unirefiner_hf.methods.ph_reg.settings import PHRegSettings
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.training.trainer import (
     CheckpointError,
-    RefinementTrainer,
     RunError,
-    load_adapter,
+    UniRefinerTrainer,
 )
 
 METHOD = {"method": "ph_reg", "register_tokens": 4, "teacher_views": 3}
@@ -87,7 +88,7 @@ def test_other_processes_load_it_with_and_without_the_package(arguments, tmp_pat
     pixels = example_pixels(base)
     trained = encode(base.model, pixels, native=False)
     base.model.tower = base.model.tower.merge_and_unload()
-    merged = merge(run, tmp_path / "merged", model=str(tower))
+    merged = merge(run, tmp_path / "merged", model=str(tower)).folder
     report = check_reload(
         merged, base, trained, pixels, dtype=torch.float32, native=False
     )
@@ -133,7 +134,7 @@ def test_runs_and_checkpoints_merge_again_but_not_natively(
     outputs = []
     for folder in (run, run / "checkpoint-2", run / "checkpoint-1"):
         merged = merge(folder, tmp_path / f"m-{folder.name}", model=str(tower_folder))
-        model = AutoModel.from_pretrained(merged).eval()
+        model = AutoModel.from_pretrained(merged.folder).eval()
         outputs.append(model(pixels).last_hidden_state)
     assert outputs[0].equal(outputs[1]) and not outputs[0].equal(outputs[2])
     with pytest.raises(ExportError, match="4 register tokens.*without --native"):
@@ -187,8 +188,9 @@ def test_evaluation_knows_it_as_a_result_of_its_base(arguments, tower_folder):
     ],
 )
 def test_what_does_not_go_with_it_is_refused(arguments, monkeypatch, model, name):
-    monkeypatch.setattr("unirefiner_hf.training.run.check_float8", lambda device: None)
-    with pytest.raises(BackboneError, match=f"{name} is .*method ph_reg"):
+    checked = "unirefiner_hf.training.trainer.check_float8"
+    monkeypatch.setattr(checked, lambda device: None)
+    with pytest.raises(UniRefinerError, match=f"{name} is .*method ph_reg"):
         refine(*arguments(model=model, method=METHOD))
 
 
@@ -202,7 +204,7 @@ def test_towers_without_positions_are_refused_before_anything_is_written(
 
 
 def test_parted_weights_are_refused(arguments, monkeypatch):
-    monkeypatch.setattr(RefinementTrainer, "parts_weights", True)
+    monkeypatch.setattr(UniRefinerTrainer, "parts_weights", True)
     with pytest.raises(RunError, match="ZeRO-3 or FSDP"):
         refine(*arguments(method=METHOD))
 
@@ -220,6 +222,6 @@ def test_a_checkpoint_of_an_unfinished_run_has_no_frame(
 
 
 def test_defaults_are_the_published_ones():
-    settings = UniRefinerSettings(method="ph_reg")
+    settings = PHRegSettings()
     assert settings.register_tokens == 16 and settings.teacher_views == 10
     assert settings.teacher_offsets == 100 and settings.teacher_shift == 0.15

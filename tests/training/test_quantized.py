@@ -9,10 +9,12 @@ from transformers import AutoModel, BitImageProcessorPil
 from tests.conftest import make_tiny_tower
 from tests.training.conftest import refine
 from unirefiner_hf.loading import quantized
-from unirefiner_hf.loading.backbone import load_base
+from unirefiner_hf.loading.arguments import BackboneArguments
 from unirefiner_hf.loading.quantized import QuantizationError, quantization
+from unirefiner_hf.methods.base import load_trainable
+from unirefiner_hf.methods.unirefiner.settings import UniRefinerSettings
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.towers import load_tower
-from unirefiner_hf.training.arguments import ModelArguments
 
 
 @pytest.fixture(params=["dinov2"])
@@ -33,8 +35,13 @@ def frozen_bytes(tower):
 @pytest.mark.parametrize("folder", ["dinov2", "siglip_vision_model"], indirect=True)
 def test_only_the_layers_are_quantised_and_the_adapter_learns(kind, folder):
     pytest.importorskip("bitsandbytes")
-    plain = load_base(ModelArguments(folder)).model
-    model = load_base(ModelArguments(folder, base_quantization=kind)).model
+    plain, model = (
+        load_trainable(folder, arguments, UniRefinerSettings()).model
+        for arguments in (
+            BackboneArguments(),
+            BackboneArguments(base_quantization=kind),
+        )
+    )
     assert frozen_bytes(model.tower) < 0.8 * frozen_bytes(plain.tower)
     small = {
         name.removeprefix("base_model.model.")
@@ -74,5 +81,7 @@ def test_nf4_on_a_cpu_is_refused_before_anything_is_loaded(arguments):
 
 
 def test_another_kind_is_refused():
-    with pytest.raises(ValueError, match="base_quantization is 'fp4'; it must be one"):
-        ModelArguments("a", base_quantization="fp4")
+    with pytest.raises(
+        UniRefinerError, match="base_quantization is 'fp4'; it must be one"
+    ):
+        BackboneArguments(base_quantization="fp4")

@@ -7,22 +7,18 @@ import shlex
 import pytest
 import yaml
 
-from unirefiner_hf.cli.refine import DATACLASSES
+from unirefiner_hf.errors import UniRefinerError
+from unirefiner_hf.methods.registry import METHODS, method_named
 from unirefiner_hf.resources import find_recipe, recipe_names, resource_folder
-from unirefiner_hf.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    RefineTrainingArguments,
-    scaled_learning_rate,
-)
-from unirefiner_hf.training.recipe import (
+from unirefiner_hf.training.arguments import UniRefinerArguments
+from unirefiner_hf.training.fields import (
     RecipeError,
     build_arguments,
     expected_values,
     field_types,
-    load_recipe,
     read_recipe,
 )
+from unirefiner_hf.training.recipe import load_recipe, recipe_of_words
 
 TRAINING_RECIPES = [n for n in recipe_names() if not n.startswith("accelerate/")]
 
@@ -36,19 +32,23 @@ PUBLISHED = {
     "internvit/6b-224": (448, 32, "zero", [29, 31], 1.0, 2, None),
     "rice-vit/large-patch14-560": (560, 32, "zero", [9, 11], 0.3, 16, None),
 }
-NEEDED = {"model": ["tower"], "data": ["photos"], "output_dir": ["run"]}
 
 
 def build(text, tmp_path, **options):
-    """Instances from YAML text and options, with the required keys given."""
+    """A recipe of YAML text and the words of options."""
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    values = load_recipe(path, options, DATACLASSES)
-    return build_arguments({**NEEDED, **values}, DATACLASSES)
+    needed = {} if "output_dir" in text else {"output_dir": ["run"]}
+    return recipe_of_words(path, {**needed, **options})
+
+
+def value_of(recipe, name):
+    """A field of the arguments or of the method."""
+    return getattr(recipe.args if hasattr(recipe.args, name) else recipe.method, name)
 
 
 def refusal(text, tmp_path, **options):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UniRefinerError) as caught:
         build(text, tmp_path, **options)
     return str(caught.value)
 
@@ -64,51 +64,49 @@ def test_every_recipe_is_valid_and_its_launch_command_runs_it(name):
     demo = ["unirefiner", "demo", "--output", "demo_out"]
     assert command == (demo if name == "demo" else launch)
     assert "# memory: " in path.read_text()
-    values = load_recipe(path, {"data": ["path/to/images"]}, DATACLASSES)
-    model, data, method, training = build_arguments(values, DATACLASSES)
-    assert data.data == "path/to/images"
-    assert training.output_dir.startswith("runs/")
-    patch = re.search(r"patch-?(\d+)|-g-(14)|dinov3-vit[a-z](\d+)", model.model)
+    recipe = load_recipe(name, data="path/to/images")
+    assert recipe.train_dataset == "path/to/images" and recipe.name == name
+    assert recipe.args.output_dir.startswith("runs/")
+    patch = re.search(r"patch-?(\d+)|-g-(14)|dinov3-vit[a-z](\d+)", recipe.model)
     side = int(next(filter(None, patch.groups()))) if patch else 14
-    assert model.image_size % side == 0
+    assert recipe.args.image_size % side == 0
+    assert recipe.left_out == ()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers(name):
-    values = load_recipe(find_recipe(name), {"data": ["x"]}, DATACLASSES)
-    model, _, method, training = build_arguments(values, DATACLASSES)
+    recipe = load_recipe(name)
+    args, method = recipe.args, recipe.method
     assert PUBLISHED[name] == (
-        model.image_size,
-        model.register_factor,
-        model.register_fill,
+        args.image_size,
+        args.register_factor,
+        args.register_fill,
         method.ah_layers,
         method.uniformity,
-        training.per_device_train_batch_size,
-        model.final_norm,
+        args.per_device_train_batch_size,
+        args.final_norm,
     )
-    assert (model.lora_rank, model.lora_alpha, model.lora_dropout) == (8, 16, 0.1)
-    assert (training.learning_rate, training.weight_decay) == (1e-4, 0.1)
-    assert (training.num_train_epochs, training.lr_scheduler_type) == (2, "constant")
+    assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (8, 16, 0.1)
+    assert (args.learning_rate, args.weight_decay) == (1e-4, 0.1)
+    assert (args.num_train_epochs, args.lr_scheduler_type) == (2, "constant")
 
 
 def test_ph_reg_has_its_own_published_numbers():
-    path = find_recipe("dinov2/small_ph_reg")
-    values = load_recipe(path, {"data": ["x"]}, DATACLASSES)
-    model, _, method, training = build_arguments(values, DATACLASSES)
-    assert (method.method, model.image_size) == ("ph_reg", 518)
+    recipe = load_recipe("dinov2/small_ph_reg")
+    args, method = recipe.args, recipe.method
+    assert (method.name, args.image_size) == ("ph_reg", 518)
     assert (method.register_tokens, method.teacher_views) == (16, 10)
     assert (method.teacher_offsets, method.teacher_shift) == (100, 0.15)
     assert (method.teacher_flip, method.mse_weight) == (0.5, 1.0)
-    assert (training.learning_rate, training.weight_decay) == (1e-4, 1e-2)
-    assert not training.scale_learning_rate and training.final_lr_share == 0.05
-    assert training.per_device_train_batch_size == 8
+    assert (args.learning_rate, args.weight_decay) == (1e-4, 1e-2)
+    assert not args.scale_learning_rate and args.final_lr_share == 0.05
+    assert args.per_device_train_batch_size == 8
 
 
 def test_only_eva_clip_keeps_the_crop_as_its_target():
     for name in PUBLISHED:
-        values = load_recipe(find_recipe(name), {"data": ["x"]}, DATACLASSES)
-        _, _, method, _ = build_arguments(values, DATACLASSES)
-        assert method.match_to_full_image == (name != "eva-clip/8b-448")
+        matched = load_recipe(name).method.match_to_full_image
+        assert matched == (name != "eva-clip/8b-448")
 
 
 @pytest.mark.parametrize("name", ["accelerate/single", "accelerate/ddp"])
@@ -129,73 +127,78 @@ def test_a_recipe_is_found_by_path_and_name(tmp_path):
     path.write_text("model: x")
     assert find_recipe(str(path)) == path
     assert find_recipe("dinov2/small") == find_recipe("dinov2/small.yaml")
-    with pytest.raises(FileNotFoundError, match="Near: dinov2/small"):
-        find_recipe("dinov2/smal")
+    for kind in (FileNotFoundError, UniRefinerError):
+        with pytest.raises(kind, match="Near: dinov2/small"):
+            load_recipe("dinov2/smal")
 
 
 # Fields
 
 
-def test_no_field_stands_in_two_dataclasses():
-    fields = field_types(DATACLASSES)
-    assert len(fields) > 150
-    assert not {"config", "verb", "traceback", "help"} & fields.keys()
+METHOD_TYPES = [method_named(name) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", METHOD_TYPES)
+def test_no_field_stands_in_two_dataclasses(method):
+    fields = field_types((UniRefinerArguments, method))
+    own = {"config", "json", "quiet", "traceback", "help", "words", "parser"}
+    assert not {*own, "model", "data", "method"} & fields.keys()
 
     @dataclasses.dataclass
     class Again:
-        model: str = "x"
+        image_size: int = 1
 
-    with pytest.raises(RecipeError, match="'model'"):
-        field_types((*DATACLASSES, Again))
+    with pytest.raises(RecipeError, match="'image_size'"):
+        field_types((UniRefinerArguments, method, Again))
 
 
-def test_every_own_field_is_explained():
-    for dataclass_type in DATACLASSES:
-        for field in dataclasses.fields(dataclass_type):
+def test_what_a_field_takes_is_told_in_words():
+    for kind in (UniRefinerArguments, *METHOD_TYPES):
+        for field in dataclasses.fields(kind):
             assert field.metadata.get("help") or not field.init, field.name
-    assert expected_values(DATACLASSES)["ah_layers"] == "list[int] or null"
-    assert expected_values(DATACLASSES)["ah_form"] == "'release' or 'paper'"
+    expected = expected_values([method_named("unirefiner")])
+    assert expected["ah_layers"] == "list[int] or null"
+    assert expected["ah_form"] == "'release' or 'paper'"
 
 
 # Types
 
 
 @pytest.mark.parametrize(
-    ("text", "part", "name", "value"),
+    ("text", "name", "value"),
     [
-        ("learning_rate: 1e-4", 3, "learning_rate", 1e-4),
-        ("learning_rate: 3", 3, "learning_rate", 3.0),
-        ("max_steps: 7", 3, "max_steps", 7),
-        ("lazy_channels: false", 2, "lazy_channels", False),
-        ("lazy_channels: no", 2, "lazy_channels", False),
-        ("resume: yes", 3, "resume", True),
-        ("save_strategy: no", 3, "save_strategy", "no"),
-        ("revision: 0123", 0, "revision", "0123"),
-        ("revision: 1e3", 0, "revision", "1e3"),
-        ("revision: 2024-01-01", 0, "revision", "2024-01-01"),
-        ("final_norm: null", 0, "final_norm", None),
-        ("final_norm: false", 0, "final_norm", False),
-        ("save_total_limit: null", 3, "save_total_limit", None),
-        ("save_total_limit: ~", 3, "save_total_limit", None),
-        ("ah_layers: [10, 15]", 2, "ah_layers", [10, 15]),
-        ("ah_layers:\n- 10\n- 15", 2, "ah_layers", [10, 15]),
-        ("ah_layers:", 2, "ah_layers", None),
-        ("report_to: tensorboard", 3, "report_to", ["tensorboard"]),
-        ("report_to: [tensorboard, wandb]", 3, "report_to", ["tensorboard", "wandb"]),
-        ("report_to: none", 3, "report_to", []),
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("learning_rate: 3", "learning_rate", 3.0),
+        ("max_steps: 7", "max_steps", 7),
+        ("lazy_channels: false", "lazy_channels", False),
+        ("lazy_channels: no", "lazy_channels", False),
+        ("resume: yes", "resume", True),
+        ("save_strategy: no", "save_strategy", "no"),
+        ("revision: 0123", "revision", "0123"),
+        ("revision: 1e3", "revision", "1e3"),
+        ("revision: 2024-01-01", "revision", "2024-01-01"),
+        ("final_norm: null", "final_norm", None),
+        ("final_norm: false", "final_norm", False),
+        ("save_total_limit: null", "save_total_limit", None),
+        ("save_total_limit: ~", "save_total_limit", None),
+        ("ah_layers: [10, 15]", "ah_layers", [10, 15]),
+        ("ah_layers:\n- 10\n- 15", "ah_layers", [10, 15]),
+        ("ah_layers:", "ah_layers", None),
+        ("report_to: tensorboard", "report_to", ["tensorboard"]),
+        ("report_to: [tensorboard, wandb]", "report_to", ["tensorboard", "wandb"]),
+        ("report_to: none", "report_to", []),
         (
             "lr_scheduler_kwargs: {min_lr: 1e-5, flag: true}",
-            3,
             "lr_scheduler_kwargs",
             {"min_lr": 1e-5, "flag": True},
         ),
-        ("data_split: '--odd'", 1, "data_split", "--odd"),
-        ("bf16: null", 3, "bf16", False),
-        ("", 3, "learning_rate", 1e-4),
+        ("data_split: '--odd'", "data_split", "--odd"),
+        ("bf16: null", "bf16", False),
+        ("", "learning_rate", 1e-4),
     ],
 )
-def test_types_come_from_the_fields(text, part, name, value, tmp_path):
-    got = getattr(build(text, tmp_path)[part], name)
+def test_types_come_from_the_fields(text, name, value, tmp_path):
+    got = value_of(build(text, tmp_path), name)
     assert got == value
     assert type(got) is type(value) or isinstance(got, str)
 
@@ -208,12 +211,40 @@ def test_options_go_over_the_recipe(tmp_path):
         "lazy_channels": ["false"],
         "resume": [],
     }
-    model, _, method, training = build(text, tmp_path, **options)
-    assert training.learning_rate == 2e-3
-    assert method.ah_layers is None
-    assert method.lazy_channels is False
-    assert model.lora_rank == 4
-    assert training.resume is True
+    recipe = build(text, tmp_path, **options)
+    assert recipe.args.learning_rate == 2e-3
+    assert recipe.method.ah_layers is None
+    assert recipe.method.lazy_channels is False
+    assert recipe.args.lora_rank == 4
+    assert recipe.args.resume is True
+
+
+def test_python_values_and_words_are_the_same_recipe():
+    values = {"learning_rate": 2e-3, "ah_layers": [1, 2], "final_norm": None}
+    values |= {"lazy_channels": False, "lr_scheduler_kwargs": {"num_cycles": 2}}
+    recipe = load_recipe("dinov2/small", data="x", **values)
+    words = {"learning_rate": ["2e-3"], "ah_layers": ["1", "2"], "final_norm": ["null"]}
+    words |= {"lazy_channels": [], "lr_scheduler_kwargs": ['{"num_cycles": 2}']}
+    words |= {"data": ["x"], "lazy_channels": ["no"]}
+    assert recipe.to_dict() == recipe_of_words("dinov2/small", words).to_dict()
+    assert {name: recipe.to_dict()[name] for name in values} == values
+    assert "uniformity" in recipe.to_markdown()
+
+
+def test_keys_are_spelled_with_dashes_too(tmp_path):
+    assert build("lora-rank: 4", tmp_path).args.lora_rank == 4
+    message = refusal("lora-rank: 4\nlora_rank: 4", tmp_path)
+    assert "line 2: 'lora_rank' stands there twice" in message
+
+
+def test_another_method_leaves_out_what_it_does_not_read():
+    recipe = load_recipe("dinov2/small", method="ph_reg")
+    assert recipe.method.name == "ph_reg"
+    assert {"ah_layers", "register_factor"} <= set(recipe.left_out)
+    with pytest.raises(RecipeError, match="ah_layers is no setting of method ph_reg"):
+        load_recipe("dinov2/small", method="ph_reg", ah_layers=[1, 2])
+    with pytest.raises(RecipeError, match="ah_layers is no setting of method ph_reg"):
+        load_recipe("dinov2/small_ph_reg", ah_layers=[1, 2])
 
 
 # Refusals
@@ -243,8 +274,9 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path):
         ("lora_dropout: 1", "lora_dropout is 1.0; it must be in [0, 1)."),
         ("max_images: 0", "max_images is 0; it must be at least 1, or unset."),
         ("remove_unused_columns: true", "remove_unused_columns is True"),
-        ("fp16: true", "fp16 is not supported"),
+        ("fp16: true", "fp16 is True, which is not supported: use bf16"),
         ("output_dir: null", "output_dir is not set"),
+        ("model: [x, y]", "model is x y; expected one word."),
         ("model: x\nmodel: y", "line 2: 'model' stands there twice"),
         ("- model", "has to be a mapping"),
         ("model: [", "not valid YAML"),
@@ -255,8 +287,12 @@ def test_errors_name_key_value_and_what_was_expected(text, message, tmp_path):
 
 
 def test_a_missing_required_key_is_named():
-    with pytest.raises(RecipeError, match="^data is missing .str.: .*--data"):
-        build_arguments({"model": ["x"], "output_dir": ["y"]}, DATACLASSES)
+    @dataclasses.dataclass
+    class Needing:
+        side: int
+
+    with pytest.raises(RecipeError, match="^side is missing .int.: .*--side"):
+        build_arguments({}, (Needing,))
 
 
 def test_reading_leaves_words_alone(tmp_path):
@@ -271,21 +307,3 @@ def test_reading_leaves_words_alone(tmp_path):
     }
     assert read_recipe(path) == expected
     assert yaml.safe_load(path.read_text())["a"] == "1e-4"
-
-
-# Arguments
-
-
-def test_learning_rate_is_linear_in_the_batch():
-    assert scaled_learning_rate(1e-4, 16) == 1e-4
-    assert scaled_learning_rate(1e-4, 8) == 5e-5
-    assert scaled_learning_rate(2e-4, 64) == pytest.approx(8e-4)
-
-
-def test_defaults_are_safe():
-    training = RefineTrainingArguments(output_dir="run", use_cpu=True)
-    assert training.bf16 is False
-    assert training.report_to == []
-    assert training.remove_unused_columns is False
-    assert ModelArguments(model="x").trust_remote_code is False
-    assert DataArguments(data="x").data_split == "train"

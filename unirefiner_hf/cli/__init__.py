@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,12 +26,6 @@ COMMANDS = {
     "demo": "See it work: refine a small backbone on a few photographs.",
     "recipes": "List the shipped recipes, or copy one to edit.",
 }
-COMMANDS = {
-    name: text
-    for name, text in COMMANDS.items()
-    if importlib.util.find_spec(f"{__name__}.{name}")
-}
-
 INTERRUPTED = 130
 
 

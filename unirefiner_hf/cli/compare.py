@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .diagnose import positive
+from .options import positive
+
+if TYPE_CHECKING:
+    from ..evaluation.compare import FeatureComparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side every image is resized to, rounded up to patches (default: 224)",
     )
     parser.add_argument(
-        "--max_images",
+        "--max-images",
         type=positive,
         default=8,
         metavar="N",
@@ -51,12 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with pictures there"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the numbers there, too"
-    )
     parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu")
     parser.add_argument(
-        "--trust_remote_code",
+        "--trust-remote-code",
         action="store_true",
         help="run a model repository's own code",
     )
@@ -75,18 +76,17 @@ def _place(word: str) -> tuple[float, float]:
     return x, y
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Compare and print the tables.
+def run(arguments: argparse.Namespace) -> FeatureComparison:
+    """Compare.
 
     Raises:
-        ValueError: images, a place or checkpoints that do not fit.
+        UniRefinerError: images, a place or checkpoints that do not fit.
     """
     from ..evaluation.compare import compare
-    from ..outputs import check_file, write_json
+    from ..outputs import check_file
 
-    for file in (arguments.json, arguments.html):
-        if file is not None:
-            check_file(file)
+    if arguments.html is not None:
+        check_file(arguments.html)
     found = compare(
         arguments.a,
         arguments.b,
@@ -97,8 +97,6 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
-    print(found)
-    if arguments.json is not None:
-        write_json(arguments.json, found.to_dict())
     if arguments.html is not None:
         found.save_html(arguments.html)
+    return found

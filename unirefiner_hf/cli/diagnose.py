@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import positive
+
+if TYPE_CHECKING:
+    from ..evaluation.diagnose import Diagnoses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="label maps named as the images, for k-NN retrieval",
     )
     parser.add_argument(
-        "--num_classes", type=positive, metavar="N", help="classes of the labels"
+        "--num-classes", type=positive, metavar="N", help="classes of the labels"
     )
     parser.add_argument(
         "--size",
@@ -44,20 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the images, rounded up to patches (default: 224)",
     )
     parser.add_argument(
-        "--max_images",
+        "--max-images",
         type=positive,
         default=32,
         metavar="N",
         help="images to measure, evenly spaced in the folder (default: 32)",
     )
     parser.add_argument(
-        "--own_thresholds",
-        "--own_yardstick",
+        "--own-thresholds",
+        "--own-yardstick",
         action="store_true",
         help="tell spurious tokens by each model's own thresholds",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the numbers there, too"
     )
     parser.add_argument(
         "--html",
@@ -67,32 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu")
     parser.add_argument(
-        "--trust_remote_code",
+        "--trust-remote-code",
         action="store_true",
         help="run a model repository's own code",
     )
 
 
-def positive(word: str) -> int:
-    """The type of an option that is 1 or more."""
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
-    return number
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure and print a table.
+def run(arguments: argparse.Namespace) -> Diagnoses:
+    """Measure.
 
     Raises:
-        ValueError: images, labels or checkpoints that do not fit.
+        UniRefinerError: images, labels or checkpoints that do not fit.
     """
     from ..evaluation.diagnose import diagnose
-    from ..outputs import check_file, write_json
+    from ..outputs import check_file
 
-    for file in (arguments.json, arguments.html):
-        if file is not None:
-            check_file(file)
+    if arguments.html is not None:
+        check_file(arguments.html)
     found = diagnose(
         arguments.checkpoints,
         arguments.images,
@@ -104,8 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
-    print(found)
-    if arguments.json is not None:
-        write_json(arguments.json, found.to_dict())
     if arguments.html is not None:
         found.save_html(arguments.html)
+    return found

@@ -25,13 +25,12 @@ BRIEF = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the command its options: where it would run, and what of ``refine`` counts."""
-    _where(parser)
+    _where(parser, " More: --help-all.")
     for title, options in refine.groups().items():
         group = parser.add_argument_group(title)
         if title == "backbone":
             refine.add_config(group)
         add_options(group, options, BRIEF)
-    parser.epilog += " More: --help-all."
 
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,21 +39,18 @@ def add_all_arguments(parser: argparse.ArgumentParser) -> None:
     refine.add_all_arguments(parser)
 
 
-def _where(parser: argparse.ArgumentParser) -> None:
-    parser.usage = (
-        "unirefiner estimate --config RECIPE [--gpu NAME] [--gpus N] "
-        "[--strategy NAME] [--field value ...]"
-    )
+def _where(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.usage = "unirefiner estimate --config RECIPE [--gpu NAME] [--gpus N] [--field value ...]"
     parser.epilog = (
         "The backbone's config is enough: a Hub id, or a folder with config.json. The step "
-        "runs on tensors without data, so nothing is loaded."
+        "runs on tensors without data, so nothing is loaded." + more
     )
     where = parser.add_argument_group("where it would run")
     where.add_argument(
         "--gpu",
         default="h100",
         metavar="NAME",
-        help="h200, h100, a100, l40s, 4090, ..., or cpu for this machine [h100]",
+        help="h200, h100, a100, l40s, ..., or cpu for this machine [h100]",
     )
     where.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="how many of them [1]"
@@ -91,4 +87,6 @@ def run(arguments: argparse.Namespace) -> Estimate:
     for name in WHERE:
         delattr(arguments, name)
     words = refine.words_asked(arguments)
-    return estimate(recipe=recipe_elsewhere(arguments.config, words), **where)
+    recipe = recipe_elsewhere(arguments.config, words)
+    refine.note_left_out(recipe, arguments)
+    return estimate(recipe=recipe, **where)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .diagnose import positive
+from .options import positive
+
+if TYPE_CHECKING:
+    from ..evaluation.extract import Features
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "patches (default: that of the pretraining)",
     )
     parser.add_argument(
-        "--register_width",
+        "--register-width",
         type=int,
         metavar="N",
         help="border of register patches (default: the model's own)",
@@ -58,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the features (default: float16)",
     )
     parser.add_argument(
-        "--shard_size",
+        "--shard-size",
         default="500MB",
         metavar="SIZE",
         help="largest size of a file (default: 500MB)",
@@ -68,30 +72,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace features that this command wrote",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the index there, too"
-    )
     parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu")
     parser.add_argument(
-        "--trust_remote_code",
+        "--trust-remote-code",
         action="store_true",
         help="run a model repository's own code",
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Extract and print what was written.
+def run(arguments: argparse.Namespace) -> Features:
+    """Extract.
 
     Raises:
-        ValueError: images, options or a checkpoint that do not fit.
+        UniRefinerError: images, options or a checkpoint that do not fit.
     """
     from ..evaluation.extract import extract_features
-    from ..outputs import check_file, write_json
 
-    if arguments.json is not None:
-        check_file(arguments.json)
     size = arguments.size
-    found = extract_features(
+    return extract_features(
         arguments.model,
         arguments.images,
         arguments.output,
@@ -104,6 +102,3 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
-    print(found)
-    if arguments.json is not None:
-        write_json(arguments.json, found.to_dict())

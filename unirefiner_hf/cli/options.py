@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..training.fields import expected_values
+from .parser import as_option
 
 VALUES = {"int": "N", "float": "X", "bool": "BOOL", "list[int]": "N ..."}
 """Type of a field -> what the help calls its value."""
@@ -46,7 +47,7 @@ class Option:
     @property
     def flag(self) -> str:
         """As it is written."""
-        return f"--{self.name.replace('_', '-')}"
+        return as_option(self.name)
 
     @property
     def value(self) -> str:
@@ -56,7 +57,7 @@ class Option:
 
     def brief(self) -> str:
         """First clause, choices and default."""
-        clause = re.split(r"[.:;](?:\s|$)| \(", self.help, maxsplit=1)[0]
+        clause = re.split(r"(?<!\.)[.:;](?:\s|$)| \(", self.help, maxsplit=1)[0]
         if self.expected.startswith("'"):
             names = self.expected.removesuffix(" or null").replace("'", "")
             clause += f": {names.replace(' or ', ', ')}"
@@ -66,8 +67,8 @@ class Option:
         if self.value == "BOOL" and default != "None":
             default = default.lower()
         if default == "None":
-            unset = re.search(r"Unset: ([^.;,(]+)", self.help)
-            default = unset[1].strip() if unset else "unset"
+            unset = re.search(r"Unset: (.{1,36}?)[.;](?:\s|$)", self.help)
+            default = unset[1] if unset else "unset"
         return f"{clause} [{default}]"
 
     def whole(self) -> str:

@@ -50,6 +50,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False, add_help=False, formatter_class=Formatter, **options
         )
         self.any_option = any_option
+        self.undeclared: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ('{self.prog} --help' shows what there is)")
@@ -64,6 +65,7 @@ class Parser(argparse.ArgumentParser):
         if self.any_option:
             for option in dict.fromkeys(word.partition("=")[0] for word in spelled):
                 if option[2:] and option[:2] == "--" and not self.knows(option):
+                    self.undeclared.append(option)
                     self.add_argument(
                         option,
                         nargs="*",
@@ -75,8 +77,7 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0]
             if not word.startswith("-"):
                 self.error(f"unexpected argument {word!r}")
-            known = [name for name in self._option_string_actions if name[:2] == "--"]
-            raise self.unknown_option(word.partition("=")[0], known, words)
+            raise self._unknown(word.partition("=")[0], (), words)
         arguments.words = list(words)
         return arguments
 
@@ -87,36 +88,41 @@ class Parser(argparse.ArgumentParser):
     def check_names(
         self, names: Iterable[str], known: Sequence[str], words: Sequence[str]
     ) -> None:
-        """Refuse names of options that are none of a command with `any_option`.
+        """Refuse names of undeclared options that are none.
+
+        Args:
+            names: of the options that were given.
+            known: those there are beside the declared ones.
+            words: as they were typed.
 
         Raises:
             UsageError: names the nearest in the spelling that was typed.
         """
-        options = [f"--{name.replace('_', '-')}" for name in known]
+        options = [as_option(name) for name in known]
         for name in names:
-            option = f"--{name.replace('_', '-')}"
-            if option not in options:
-                raise self.unknown_option(option, options, words)
+            if as_option(name) not in options:
+                raise self._unknown(as_option(name), options, words)
 
-    def unknown_option(
+    def _unknown(
         self, option: str, known: Sequence[str], words: Sequence[str]
     ) -> UsageError:
         """The error on an option, as it was typed."""
-        typed = next(
-            (
-                w
-                for w in (word.partition("=")[0] for word in words)
-                if dashed(w) == option
-            ),
-            option,
-        )
+        declared = [name for name in self._option_string_actions if name[:2] == "--"]
+        known = [name for name in (*declared, *known) if name not in self.undeclared]
+        names = [word.partition("=")[0] for word in words]
+        typed = next((name for name in names if dashed(name) == option), option)
         hint = ""
         for near in difflib.get_close_matches(option, known, n=1, cutoff=0.5):
-            spelled = near[2:].replace("-", "_") if "_" in typed else near[2:]
+            spelled = near[2:].replace("-", "_") if "_" in typed[2:] else near[2:]
             hint = f"; did you mean --{spelled}?"
         return UsageError(
-            f"unknown option {typed}{hint} ('{self.prog} --help' lists them)"
+            f"unknown option {typed}{hint} ('{self.prog} --help-all' lists them)"
         )
+
+
+def as_option(name: str) -> str:
+    """The option of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def dashed(word: str) -> str:

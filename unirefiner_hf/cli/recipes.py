@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -11,38 +12,77 @@ import yaml
 from ..resources import find_recipe, recipe_names
 
 
+@dataclass(frozen=True)
+class Recipes:
+    """What ships: name -> backbone, None of one for accelerate launch."""
+
+    models: dict[str, str | None]
+
+    def to_dict(self) -> dict[str, str | None]:
+        """As plain values."""
+        return dict(self.models)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.models))
+        return "\n".join(
+            f"{name:{width}}  {model or 'for accelerate launch'}"
+            for name, model in self.models.items()
+        )
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A recipe that was copied."""
+
+    name: str
+    file: Path
+
+    def __fspath__(self) -> str:
+        return str(self.file)
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def to_dict(self) -> dict[str, str]:
+        """As plain values."""
+        return {"name": self.name, "file": str(self.file)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb its options."""
+    """Give the command its options."""
     parser.usage = "unirefiner recipes [copy NAME [DEST]]"
-    actions = parser.add_subparsers(
-        dest="action", metavar="copy", prog="unirefiner recipes"
+    parser.add_argument(
+        "action", nargs="?", choices=["copy"], help="copy a recipe to edit it"
     )
-    copy = actions.add_parser("copy", help="copy a recipe to edit it")
-    copy.add_argument("name", help="name of a recipe, such as dinov2/small")
-    copy.add_argument(
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="of a recipe, such as dinov2/small"
+    )
+    parser.add_argument(
         "dest",
         nargs="?",
         type=Path,
         default=Path("."),
+        metavar="DEST",
         help="file or folder to copy it to (default: here)",
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Recipes | Copied:
     """List or copy.
 
     Raises:
-        FileNotFoundError: no such recipe.
+        RecipeNotFoundError: no such recipe.
         FileExistsError: there is such a file at the destination.
     """
     if arguments.action == "copy":
-        print(copy_recipe(arguments.name, arguments.dest))
-        return
-    names = recipe_names()
-    width = max(map(len, names))
-    for name in names:
+        if arguments.name is None:
+            arguments.parser.error("the following arguments are required: NAME")
+        return Copied(arguments.name, copy_recipe(arguments.name, arguments.dest))
+    models = {}
+    for name in recipe_names():
         recipe = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
-        print(f"{name:{width}}  {recipe.get('model', 'for accelerate launch')}")
+        models[name] = recipe.get("model")
+    return Recipes(models)
 
 
 def copy_recipe(name: str, destination: Path) -> Path:

@@ -12,6 +12,7 @@ from ..methods.registry import METHODS, method_named, setting_names
 from ..methods.settings import ADAPTER, BORDER
 from ..training.fields import Values
 from ..training.options import TrainingOptions
+from ..training.refused import REFUSED
 from .options import Option, add_options, options_of
 from .output import note
 from .parser import WIDTH
@@ -75,6 +76,8 @@ def groups() -> dict[str, list[Option]]:
         "output": [],
     }
     for name, option in own.items():
+        if name in REFUSED:
+            continue
         title = "training"
         if name in OUTPUT:
             title = "output"
@@ -106,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the help every option, those of the Trainer among them; imports torch."""
-    from ..training.arguments import REFUSED, UniRefinerArguments
+    from ..training.arguments import UniRefinerArguments
 
     every = groups()
     shown = {option.name for options in every.values() for option in options}
@@ -168,9 +171,12 @@ def run(arguments: argparse.Namespace) -> Refined | None:
         UniRefinerError: no such recipe or key, or a value that does not fit.
     """
     from ..training.distributed import disconnect
+    from ..training.recipe import recipe_of_words
     from ..training.refine import refine
 
-    refined = refine(recipe=recipe_asked(arguments))
+    recipe = recipe_of_words(arguments.config, words_asked(arguments))
+    note_left_out(recipe, arguments)
+    refined = refine(recipe=recipe)
     disconnect()
     return refined
 
@@ -181,7 +187,6 @@ def words_asked(arguments: argparse.Namespace) -> dict[str, Values]:
     Raises:
         UsageError: an option that is none.
     """
-    from ..training.arguments import REFUSED
     from ..training.keywords import ARGUMENTS
 
     given = {k: v for k, v in vars(arguments).items() if k not in OWN}
@@ -191,22 +196,11 @@ def words_asked(arguments: argparse.Namespace) -> dict[str, Values]:
     return given
 
 
-def recipe_asked(arguments: argparse.Namespace) -> Recipe:
-    """The recipe with the options over it.
-
-    Says on stderr which of its settings another method leaves out.
-
-    Raises:
-        UsageError: an option that is none.
-        RecipeError, UniRefinerError: see `recipe_of_words`.
-    """
-    from ..training.recipe import recipe_of_words
-
-    recipe = recipe_of_words(arguments.config, words_asked(arguments))
+def note_left_out(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Say on stderr which settings of a recipe another method leaves out."""
     if recipe.left_out:
         note(
             f"method {recipe.method.name} does not read {', '.join(recipe.left_out)}: "
             f"left out of {recipe.name}",
             arguments,
         )
-    return recipe

@@ -23,6 +23,17 @@ class FormError(ImageError):
     """What stands for an image is of a form that is not taken."""
 
 
+def unread(name: str, value: Any, data: str, why: str) -> ImageError:
+    """The error of an argument that does not go with the data."""
+    return ImageError(f"{name} is {value!r}, and data is {data}: {why}. Leave it out.")
+
+
+def check_split(split: str, data: str) -> None:
+    """Refuse to choose from what has one split."""
+    if split != "train":
+        raise unread("data_split", split, data, "all of its images are one split")
+
+
 def is_saved(path: Path) -> bool:
     """Whether `datasets` saved a set in a folder."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
@@ -40,10 +51,15 @@ def load_table(data: str, config_name: str | None, split: str, streaming: bool) 
     """A `datasets` set of a file, a folder of files, a saved folder, or the Hub.
 
     Raises:
-        ImageError: nothing there, or no such split.
+        ImageError: nothing there, no such split, or a configuration or split of what has
+            none.
     """
     path = Path(data).expanduser()
     if path.exists():
+        if config_name is not None:
+            raise unread(
+                "data_config", config_name, path.name, "sets on the Hub have one"
+            )
         if is_saved(path):
             table = datasets.load_from_disk(str(path))
             if isinstance(table, datasets.DatasetDict):
@@ -52,12 +68,15 @@ def load_table(data: str, config_name: str | None, split: str, streaming: bool) 
                         f"{path.name} has no split {split!r}; it has {', '.join(table)}."
                     )
                 table = table[split]
+            else:
+                check_split(split, path.name)
             return table.to_iterable_dataset() if streaming else table
         builder = builder_of(path)
         if builder is None:
             raise ImageError(
                 f"{path.name}: not a folder, nor one of {', '.join(BUILDERS)} files."
             )
+        check_split(split, path.name)
         suffix = next(key for key, value in BUILDERS.items() if value == builder)
         files = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
         names = [str(file) for file in files]

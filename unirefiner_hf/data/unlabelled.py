@@ -16,7 +16,16 @@ from torch.utils.data import IterableDataset
 from .images import MIN_SIDE, ImageError, list_images
 from .samples import DataReport, RefinementImages, ToPixels
 from .streams import RefinementStream
-from .tables import FORMS, FormError, builder_of, is_saved, load_table, source_of
+from .tables import (
+    FORMS,
+    FormError,
+    builder_of,
+    check_split,
+    is_saved,
+    load_table,
+    source_of,
+    unread,
+)
 
 SHUFFLE_BUFFER = 1000
 SOURCES = (
@@ -77,6 +86,15 @@ def open_images(
         if path.is_dir() and builder_of(path) is None and not is_saved(path):
             if streaming:
                 raise ImageError(f"{path.name}: a folder of images is not streamed.")
+            check_split(split, path.name)
+            for option, value, default in (
+                ("data_config", config_name, None),
+                ("image_column", image_column, "image"),
+            ):
+                if value != default:
+                    raise unread(
+                        option, value, path.name, "a folder of images has none"
+                    )
             return _open_folder(path, to_pixels, max_images, seed)
         table = load_table(str(data), config_name, split, streaming)
     _check_column(table, name, image_column)
@@ -183,8 +201,17 @@ def _image_of(item: Any, kind: str, image_column: str) -> Any:
                 f"{', '.join(map(str, item))}. Name one with image_column."
             )
         item = item[image_column]
+    elif image_column != "image":
+        raise unread(
+            "image_column", image_column, f"a {kind}", "its items have no names"
+        )
     elif isinstance(item, (tuple, list)) and item:
         item = item[0]
+    if isinstance(item, (str, bytes, Path)):
+        raise FormError(
+            f"An item of {kind} holds a {type(item).__name__}: open it (PIL.Image.open), "
+            "or name the folder."
+        )
     if not isinstance(item, Image.Image):
         raise FormError(f"An item of {kind} holds a {type(item).__name__}. {FORMS}")
     return item

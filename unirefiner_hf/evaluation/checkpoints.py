@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..export.card import written_method
 from ..export.run_folder import MERGED, is_run, recorded_method
 from ..loading.backbone import load_processor, normalisation, takes_final_norm
 from ..loading.starter import NAME as STARTER
@@ -150,6 +151,13 @@ def load_checkpoints(
     return loaded
 
 
+def with_borders(loaded: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The base, the base with each border of register patches met, then the others."""
+    base, others = loaded[0], loaded[1:]
+    widths = sorted({c.register_width for c in others} - {base.register_width, 0})
+    return [base, *(base.framed(width) for width in widths), *others]
+
+
 def _unique(checkpoint: Checkpoint, source: Source, taken: Sequence[str]) -> str:
     name = checkpoint.name
     if name in taken and isinstance(source, (str, Path)):
@@ -236,9 +244,11 @@ def load_checkpoint(
             of one. None: that of where the model was loaded from.
 
     Raises:
-        CheckpointMismatchError: a folder without a model, a name that is neither here nor
-            on the Hub, an object of another kind, or no normalisation.
-        ValueError: an unsupported backbone.
+        CheckpointMismatchError: a folder without a model, or an object of another kind.
+        RunFolderError: the record of a run beside the model cannot be read.
+        BackboneError: no image processor, or one that states no normalisation.
+        UniRefinerError: a name that is neither here nor on the Hub, or an unsupported
+            backbone.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -248,13 +258,7 @@ def load_checkpoint(
         raise _not_a_source(source)
     location, folder, recorded = _locate(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        config = tower_config(location, **options)
-    except OSError as problem:
-        raise CheckpointMismatchError(
-            f"{source} is neither a folder here nor a model to be had from the Hub: "
-            f"{problem}"
-        ) from problem
+    config = tower_config(location, **options)
     method = _method(config, recorded)
     if config.model_type == UniRefinerConfig.model_type:
         model = UniRefinerModel.from_pretrained(location, dtype=dtype)
@@ -310,7 +314,7 @@ def _locate(source: str) -> tuple[str, Path | None, str | None]:
                 f"{path} holds no model: there is no config.json. Name a finished run, a "
                 "merged checkpoint or a backbone."
             )
-        return str(path), path, recorded_method(run)
+        return str(path), path, written_method(path) or recorded_method(run)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise CheckpointMismatchError(f"{source}: there is no such folder.")
     return source, None, None

@@ -13,7 +13,13 @@ from ..data.labelled import LabelError, LabelledImages, class_labels, pair_folde
 from ..modeling.errors import UniRefinerError
 from ..results import Figure, Result, Section, Table
 from ..visualize import SPURIOUS_KEY, spurious_map
-from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
+from .checkpoints import (
+    Checkpoint,
+    Source,
+    load_checkpoints,
+    measuring,
+    with_borders,
+)
 from .cleanliness import (
     LOWER_IS_CLEANER,
     Cleanliness,
@@ -94,6 +100,8 @@ def diagnose(
 ) -> Diagnoses:
     """Measure how clean the tokens of one or several models of one backbone are.
 
+    The base with each border of register patches that the others have is measured, too.
+
     Args:
         models: one, or several with the base first; see `load_checkpoints`.
         images: unlike each other: a folder, a list of paths or PIL images, or a
@@ -123,14 +131,15 @@ def diagnose(
     pairs = None if labels is None else _pairs(images, labels, num_classes, pictures)
     if labels is None and num_classes is not None:
         raise LabelError("num_classes is of labels, and there are none: give both.")
-    checkpoints = load_checkpoints(
+    loaded = load_checkpoints(
         models,
         device=device,
         image_processor=image_processor,
         trust_remote_code=trust_remote_code,
     )
+    checkpoints = with_borders(loaded)
     rows: list[Cleanliness] = []
-    with measuring(checkpoints):
+    with measuring(loaded):
         for checkpoint in checkpoints:
             base = rows[0] if rows and not own_thresholds else None
             row = measure_cleanliness(checkpoint, pictures.images, size, base=base)

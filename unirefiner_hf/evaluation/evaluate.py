@@ -13,7 +13,7 @@ from ..export.run_folder import EVALUATION, read_evaluation
 from ..modeling.errors import UniRefinerError
 from ..outputs import check_folder, write_whole
 from .arguments import EvaluationArguments
-from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
+from .checkpoints import Source, load_checkpoints, measuring, with_borders
 from .results import Evaluation, write_results
 from .settings import DepthSettings, SegmentationSettings, ZeroShotSettings
 from .tasks import TASKS, is_main
@@ -72,8 +72,9 @@ def evaluate(
         if checkpoint.folder is not None and checkpoint.method is not None:
             check_folder(checkpoint.folder)
             read_evaluation(checkpoint.folder / EVALUATION)
+    measured = with_borders(loaded) if arguments.framed_base else loaded
     with measuring(loaded):
-        evaluation = measure(_with_borders(loaded, arguments.framed_base))
+        evaluation = measure(measured)
     if is_main():
         write_results(evaluation, folder)
         if folder is not None:
@@ -81,12 +82,6 @@ def evaluate(
         if folder is not None and evaluation.sections:
             evaluation.save_html(folder / REPORT)
     return evaluation
-
-
-def _with_borders(loaded: Sequence[Checkpoint], wanted: bool) -> list[Checkpoint]:
-    base, others = loaded[0], loaded[1:]
-    widths = sorted({c.register_width for c in others} - {base.register_width, 0})
-    return [base, *(base.framed(width) for width in widths if wanted), *others]
 
 
 def _settle(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
@@ -13,6 +15,9 @@ from ..methods.registry import method_named, setting_names
 from ..methods.settings import ADAPTER, MethodSettings
 from ..modeling.errors import UniRefinerError
 from ..resources import resource_folder
+from ..spurious.settings import FilterSettings
+from .run_folder import ADAPTER as ADAPTER_FOLDER
+from .run_folder import CARD, RECORD, check_record
 
 TEMPLATE = "card.md.jinja"
 METADATA = "unirefiner"
@@ -85,7 +90,13 @@ class CardData:
         return self._told(self.method.registers)
 
     def _told(self, words: str) -> str:
-        return words.format_map({**self.recipe, "base": self.base})
+        defaults = {field.name: field.default for field in fields(self.method)}
+        return words.format_map({**defaults, **self.recipe, "base": self.base})
+
+    @property
+    def trained_with_filters(self) -> bool:
+        """Whether the filters that measure the spurious shares had a say in the training."""
+        return issubclass(self.method, FilterSettings)
 
     @property
     def path(self) -> str:
@@ -115,15 +126,12 @@ def card_from_record(
     evaluations: Sequence[Mapping[str, Any]] = (),
     repo_id: str | None = None,
 ) -> CardData:
-    """Read a card's data off a run's record (``run.json``) and its evaluations.
+    """Read a card's data off a run's record and its evaluations.
 
     Raises:
         UniRefinerError: the record is of an unfinished run or of a later format.
     """
-    if record.get("format") != 1:
-        raise UniRefinerError(
-            f"run.json is of format {record.get('format')!r}, expected 1."
-        )
+    check_record(record)
     model, data, training = record["model"], record["data"], record["training"]
     if "steps" not in training:
         raise UniRefinerError("The run is not finished: continue it with --resume.")
@@ -198,7 +206,7 @@ def render_card(
         pictures=list(pictures),
         native=native,
         weights=weights or {},
-        adapter=any(name.startswith("adapter/") for name in weights or {}),
+        adapter=any(name.startswith(f"{ADAPTER_FOLDER}/") for name in weights or {}),
         text=any(name.startswith("text/") for name in weights or {}),
     )
     return str(rendered).rstrip() + "\n"
@@ -210,9 +218,44 @@ def render_unfinished_card(base: str, step: int) -> str:
     metadata[METADATA] = {"base": base, "version": __version__, "weights": {}}
     return (
         f"---\n{metadata}\n---\n\n# {base.split('/')[-1]}, being refined\n\n"
-        f"The adapter in `adapter/` is that of step {step} of a run that is not finished: "
-        "`run.json` tells its settings. Do not use it yet.\n"
+        f"The adapter in `{ADAPTER_FOLDER}/` is that of step {step} of a run that is not "
+        f"finished: `{RECORD}` tells its settings. Do not use it yet.\n"
     )
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """The header of a card, whoever wrote it; empty without one.
+
+    Raises:
+        UniRefinerError: it does not parse.
+    """
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (yaml.YAMLError, ValueError) as problem:
+        raise UniRefinerError(f"{CARD} does not parse: {problem}") from problem
+
+
+def own_metadata(folder: Path) -> dict[str, Any] | None:
+    """What this package wrote into the card of a folder; None if it did not write one.
+
+    Raises:
+        UniRefinerError: the card does not parse.
+    """
+    if not (folder / CARD).is_file():
+        return None
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    own = card_metadata(text).get(METADATA)
+    return own if isinstance(own, dict) else None
+
+
+def written_method(folder: Path) -> str | None:
+    """The method that a folder's card names, None where it names none."""
+    try:
+        own = own_metadata(folder)
+    except UniRefinerError:
+        return None
+    name = None if own is None else own.get("method")
+    return name if isinstance(name, str) else None
 
 
 def _eval_result(entry: Mapping[str, Any]) -> EvalResult:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import SiglipImageProcessorPil
@@ -21,12 +21,18 @@ from ..modeling.errors import UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
-from .card import METADATA, CardData, render_card
+from .card import CardData, own_metadata, render_card
 from .digests import weight_digests
-from .run_folder import ADAPTER, is_run
+from .run_folder import ADAPTER, CARD, as_path, is_run
 
 SHARD_SIZE = "5GB"
 """Largest file of weights; bigger models are written as several."""
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""Of saved weights."""
 
 
 class ExportError(UniRefinerError, RuntimeError):
@@ -34,17 +40,35 @@ class ExportError(UniRefinerError, RuntimeError):
 
 
 def is_ours(folder: str | Path) -> bool:
-    """Whether a folder holds a checkpoint that this package wrote, and no run."""
-    readme = Path(folder) / "README.md"
-    if not readme.is_file() or is_run(Path(folder)):
+    """Whether a folder holds a checkpoint that this package wrote, and no run.
+
+    A card alone does not tell: the weights that it names have to be there.
+    """
+    if is_run(Path(folder)):
         return False
-    text = readme.read_text(encoding="utf-8", errors="replace")
-    return METADATA in ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    try:
+        told = own_metadata(Path(folder)) or {}
+    except UniRefinerError:
+        return False
+    weights = told.get("weights") or ()
+    return bool(weights) and all((Path(folder) / name).is_file() for name in weights)
+
+
+def weight_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A type that weights are saved in, by name or itself.
+
+    Raises:
+        ExportError: another type; names those there are.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ExportError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 def export_refined(
     model: UniRefinerModel,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     image_processor: BaseImageProcessor,
     image_size: int,
@@ -52,18 +76,18 @@ def export_refined(
     images: Mapping[str, Image.Image] | None = None,
     results: Mapping[str, bytes] | None = None,
     text_side: TextSide | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     native: bool = False,
     overwrite: bool = False,
     max_shard_size: str = SHARD_SIZE,
 ) -> Path:
     """Write the merged model with everything its user needs.
 
-    Weights as safetensors, config, image processor, the adapter alone in ``adapter/``,
-    a model card with the sha256 of every weight file, and the model's own code, so that
-    it loads with ``trust_remote_code=True`` where this package is not installed. The text
-    side of a dual encoder goes into ``text/`` as it is, in its own dtype: loading the
-    model does not fetch it, so it costs nobody who does not want it.
+    Weights as safetensors, a config that says the method, image processor, the adapter
+    alone in ``adapter/``, a model card with the sha256 of every weight file, and the model's
+    own code, so that it loads with ``trust_remote_code=True`` where this package is not
+    installed. The text encoder of a dual encoder goes into ``text/`` as it is, in its own
+    dtype: loading the model does not fetch it, so it costs nobody who does not want it.
 
     Args:
         model: the refined model; its adapter is merged in place.
@@ -74,22 +98,28 @@ def export_refined(
         results: further files that lie beside the weights, by name.
         text_side: of the base; None leaves it out, as does `native`.
         dtype: of the saved weights; the merge itself is in float32.
-        native: save the plain tower, for users who pad by themselves, without frame or
-            code of this package.
+        native: save the bare backbone, for users who pad by themselves, without border
+            or code of this package; of the method its card alone tells.
         overwrite: replace a folder that is not empty.
         max_shard_size: such as ``5GB``; a larger model is saved in several files.
 
     Raises:
         ExportError: `image_size` is not a multiple of the patch size, the folder is not
-            empty, writing failed (a full disk), or `native` is asked of a model with register
-            tokens, which the bare backbone has no place for.
+            empty, writing failed (a full disk), a `dtype` or `max_shard_size` that there is
+            not, or `native` is asked of a model with register tokens, which the bare
+            backbone has no place for.
     """
     if native and model.config.num_register_tokens:
         raise ExportError(
             f"The model has {model.config.num_register_tokens} register tokens in its "
-            "sequence, and the plain tower has no place for them: merge without --native."
+            "sequence, and the bare backbone has no place for them: merge without --native."
         )
-    folder = Path(folder).absolute()
+    dtype = weight_dtype(dtype)
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", str(max_shard_size), re.IGNORECASE):
+        raise ExportError(
+            f"max_shard_size is {max_shard_size!r}; write it as 5GB or 500MB."
+        )
+    folder = as_path(folder, "output").absolute()
     if image_size % model.patch_size:
         raise ExportError(
             f"image_size is {image_size}; it must be a multiple of the patch size "
@@ -108,6 +138,7 @@ def export_refined(
         if is_adapted(model):
             save_adapter(model, draft / ADAPTER)
         merge_adapter(model, dtype)
+        model.config.method = card.method.name
         saved = model.tower if native else model
         for config in (model.config, model.tower.config):
             config._name_or_path = ""
@@ -124,10 +155,10 @@ def export_refined(
         pictures = sorted(images or {})
         digests = weight_digests(draft)
         text = render_card(card, pictures, native=native, weights=digests)
-        (draft / "README.md").write_text(text, encoding="utf-8")
+        (draft / CARD).write_text(text, encoding="utf-8")
         for weights in draft.rglob("*.safetensors"):
             # safetensors 0.8 writes them for their owner alone.
-            shutil.copymode(draft / "README.md", weights)
+            shutil.copymode(draft / CARD, weights)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
     except (OSError, SafetensorError) as problem:

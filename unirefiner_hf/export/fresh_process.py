@@ -3,7 +3,7 @@
     python fresh_process.py FOLDER PIXELS TOKENS package|remote [FINAL_NORM]
 
 ``package`` loads with this package imported; ``remote`` hides the package and trusts the
-code beside the weights. A plain tower is put into a frame of width 0.
+code beside the weights. A bare backbone is put into a border of width 0.
 """
 
 import sys

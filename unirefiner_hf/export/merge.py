@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,16 @@ from ..loading.starter import NAME as STARTER
 from ..methods.base import load_trainable
 from ..results import Result, Table
 from .card import card_from_record
-from .checkpoint import SHARD_SIZE, export_refined
-from .run_folder import EVALUATION, RunFolder, RunFolderError, read_evaluation, read_run
+from .checkpoint import SHARD_SIZE, ExportError, export_refined, weight_dtype
+from .run_folder import (
+    EVALUATION,
+    RECORD,
+    RunFolder,
+    RunFolderError,
+    as_path,
+    read_evaluation,
+    read_run,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -79,8 +88,8 @@ class Merged(Result):
 
 
 def merge(
-    run: str | Path,
-    output: str | Path,
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
     model: Model | None = None,
     processing_class: BaseImageProcessor | None = None,
@@ -102,21 +111,25 @@ def merge(
         processing_class: its image processor, of a base in memory.
         model_license: of the base, where the run does not know it.
         register_width: border of the published model in patches; None: the run's.
-        keep_text: keep the base's text encoder; None: as the run was asked to.
+        keep_text: keep the base's text encoder; None: as the run was asked to. A native
+            export keeps none.
         trust_remote_code: run the base repository's own code.
 
     Raises:
         RunFolderError: as `read_run`; the base is not known where it lies; or the
             adapter does not fit it.
-        ExportError: see `export_refined`.
+        ExportError: a border for a method that has none, a text encoder in a native export,
+            an output that holds the run; or see `export_refined`.
     """
     found = read_run(run)
+    dtype = weight_dtype(dtype)
+    check_output(found, output)
     base = load_refined(
         found,
         model,
         model_license,
         register_width,
-        False if native else keep_text,
+        keeps_text(keep_text, native=native),
         processing_class,
         trust_remote_code,
     )
@@ -124,12 +137,37 @@ def merge(
         found,
         base,
         output,
-        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        dtype=dtype,
         native=native,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
     )
     return written_checkpoint(folder, base, native=native)
+
+
+def keeps_text(asked: bool | None, *, native: bool) -> bool | None:
+    """Whether to keep the text encoder; None: as the run was asked to.
+
+    Raises:
+        ExportError: it is asked for in a native export, which has no place for it.
+    """
+    if native and asked:
+        raise ExportError(
+            "keep_text is true, and a native export is the vision backbone alone: leave "
+            "one of the two out."
+        )
+    return False if native else asked
+
+
+def check_output(run: RunFolder, output: str | os.PathLike[str]) -> None:
+    """Refuse a folder whose replacement would take the run's adapter with it.
+
+    Raises:
+        ExportError: it is the run, its adapter, or a folder that holds the run.
+    """
+    folder = as_path(output, "output").resolve()
+    if run.adapter.resolve().is_relative_to(folder):
+        raise ExportError(f"{folder} holds the run itself: name another folder.")
 
 
 def written_checkpoint(folder: Path, base: Backbone, *, native: bool = False) -> Merged:
@@ -159,8 +197,9 @@ def load_refined(
     What is asked for goes into the record too, for the card.
 
     Raises:
-        RunFolderError: see `merge`.
+        RunFolderError, ExportError: see `merge`.
     """
+    _check_register_width(run, register_width)
     if model_license is not None:
         run.record["model"]["license"] = model_license
     base = _load(run, model, keep_text, processing_class, trust_remote_code)
@@ -174,7 +213,7 @@ def load_refined(
 def export_run(
     run: RunFolder,
     base: Backbone,
-    output: str | Path,
+    output: str | os.PathLike[str],
     *,
     repo_id: str | None = None,
     **options: Any,
@@ -225,10 +264,16 @@ def _load(
         )
     settings = run.settings
     keys = [key for key in BASE_KEYS if key not in settings.unread]
+    lacking = [key for key in keys if key not in recorded]
+    if lacking:
+        raise RunFolderError(
+            f"{RECORD} does not tell {', '.join(lacking)} of the model: put back the record "
+            "that the run wrote."
+        )
     in_memory = model is not None and not isinstance(model, (str, Path))
     arguments = BackboneArguments(
         # Another place holds what was downloaded, not the Hub's versions.
-        revision=recorded["revision"] if model in (None, name) else None,
+        revision=recorded.get("revision") if model in (None, name) else None,
         trust_remote_code=trust_remote_code,
         model_license=recorded["license"],
         base_dtype="float32" if "base_dtype" not in settings.unread else "auto",
@@ -252,10 +297,24 @@ def _load(
 def _keeps_text(
     recorded: dict[str, Any], asked: bool | None, in_memory: bool
 ) -> bool | None:
-    """As asked, else as the run did; a base in memory has none to keep."""
+    """As asked, else as the run did; of a base in memory none is kept."""
     if asked is not None or in_memory:
         return asked
     return recorded.get("keep_text")
+
+
+def _check_register_width(run: RunFolder, asked: int | None) -> None:
+    if asked is None:
+        return
+    if not isinstance(asked, int) or asked < 0:
+        raise ExportError(
+            f"register_width is {asked!r}; it must be 0 or more patches, or left out."
+        )
+    if asked and not run.settings.has_border:
+        raise ExportError(
+            f"register_width is {asked}, and method {run.settings.name} trains without a "
+            "border of registers: leave it out."
+        )
 
 
 def _register_width(run: RunFolder, asked: int | None, base: Backbone) -> int:

@@ -73,14 +73,14 @@ def export_program(
 
     Args:
         model: in eval mode, on the device and in the dtype that the graph shall have.
-        register_width: frame in patches; None takes the config's.
+        register_width: border in patches; None takes the config's.
         batch: the only size of batch that the graph takes; None: any, except for
             SigLIP 2 NaFlex, which needs a number.
-        max_patches: longest side in patches, without the frame.
+        max_patches: longest side in patches, without the border.
 
     Raises:
         ValueError: a model in training mode, a tower whose graph depends on the shape of
-            the image, one that needs `batch`, or a frame that is drawn.
+            the image, one that needs `batch`, or a border that is drawn.
     """
     kind = model.config.vision_config.model_type
     if model.training:
@@ -101,7 +101,7 @@ def export_program(
         raise ValueError(
             f"register_fill={model.config.register_fill!r} is drawn for the size of each "
             "image, which a graph cannot do from a fixed seed. Export a model with a "
-            "'zero' or 'learnable' frame, or register_width=0."
+            "'zero' or 'learnable' border, or register_width=0."
         )
     patch = model.patch_size
     sides = {

@@ -48,13 +48,13 @@ class ReloadReport:
 
 
 def example_pixels(base: Backbone) -> Tensor:
-    """The reference photograph as the tower takes it, ``(1, 3, side, side)``."""
+    """The reference photograph as the backbone takes it, ``(1, 3, side, side)``."""
     size = (base.image_size, base.image_size)
     return preprocess(default_reference(), size, base.mean, base.std).unsqueeze(0)
 
 
 def encode(model: UniRefinerModel, pixels: Tensor, *, native: bool) -> Tensor:
-    """Patch tokens ``(1, patches, hidden)``; without the frame for a native export."""
+    """Patch tokens ``(1, patches, hidden)``; without the border for a native export."""
     width = 0 if native else None
     with torch.no_grad():
         return model.eval()(pixels, register_width=width).last_hidden_state.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 from ..loading import adapter as adapter_files
 from ..methods.registry import current_name, method_named, setting_names
 from ..methods.settings import MethodSettings
-from ..modeling.errors import UniRefinerError
+from ..modeling.errors import UniRefinerError, WrongKindError
 
 RECORD, METRICS, PICTURE = "run.json", "metrics.json", "before_after.png"
 ADAPTER, MERGED, PUBLISHED, SNAPSHOTS = "adapter", "merged", "published", "snapshots"
 EVALUATION, EVALUATION_FORMAT = "evaluation.json", 1
 """Beside a merged checkpoint."""
+CARD = "README.md"
 CHECKPOINT, STAGING = "checkpoint-", ".unfinished"
+UPLOADING, FETCHING = ".pushing", ".fetching"
+"""Where a checkpoint lies on its way to the Hub, and from it."""
 TRAINER_STATE, REFINER_STATE = "trainer_state.json", "refiner_state.json"
 OPTIMIZER_STATE, SCHEDULER_STATE = "optimizer.safetensors", "scheduler.safetensors"
 """In a checkpoint; `random_state_file` and `stream_file` are there for each process."""
@@ -25,6 +29,8 @@ LAST = "last-checkpoint"
 """On the Hub, the newest checkpoint of a run in progress."""
 FORMAT = 1
 """Of the record."""
+SECTIONS = ("model", "data", "method", "training", "versions")
+"""What every record has."""
 
 
 class RunFolderError(UniRefinerError):
@@ -107,8 +113,17 @@ def read_record(run: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise RunFolderError(f"{file} cannot be read: {problem}") from problem
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else None
+    return check_record(record, file)
+
+
+def check_record(record: Any, file: str | Path = RECORD) -> dict[str, Any]:
+    """The record itself, if it is of the format this version reads.
+
+    Raises:
+        RunFolderError: it is not.
+    """
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
         raise RunFolderError(f"{file} is of format {found!r}, expected {FORMAT}.")
     return record
 
@@ -157,17 +172,30 @@ def read_refiner_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / REFINER_STATE).read_text())
 
 
-def read_run(folder: str | Path) -> RunFolder:
+def as_path(given: str | os.PathLike[str], name: str) -> Path:
+    """A path, ``~`` spelt out.
+
+    Raises:
+        UniRefinerError: an object of another kind, or nothing; says which argument.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise WrongKindError(f"{name} is a {type(given).__name__}: give a folder.")
+    if given == "":
+        raise RunFolderError(f"{name} is empty: give a folder.")
+    return Path(given).expanduser()
+
+
+def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     """Find the adapter and the record of a run.
 
     Args:
         folder: a finished run, or a ``checkpoint-N`` inside a run.
 
     Raises:
-        RunFolderError: no record, no adapter, or a run that is not finished (names its
-            checkpoints).
+        RunFolderError: no record or not a whole one, no adapter, or a run that is not
+            finished (names its checkpoints).
     """
-    folder = Path(folder).absolute()
+    folder = as_path(folder, "run").absolute()
     step = checkpoint_step(folder)
     run = folder if step is None else folder.parent
     if not is_run(run):
@@ -176,8 +204,14 @@ def read_run(folder: str | Path) -> RunFolder:
             "a refinement, or a checkpoint-N inside it."
         )
     record = read_record(run)
+    lacking = [name for name in SECTIONS if not isinstance(record.get(name), dict)]
+    if lacking:
+        raise RunFolderError(
+            f"{run / RECORD} lacks {', '.join(lacking)}: put back the record that the run "
+            "wrote."
+        )
     adapter = run / ADAPTER if step is None else folder
-    if step is None and not record["finished"]:
+    if step is None and not record.get("finished"):
         there = ", ".join(map(checkpoint_name, checkpoint_steps(run)))
         raise RunFolderError(
             f"{run} is not finished: continue it with --resume, or merge one of its "

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..errors import UniRefinerError
-from ..export.card import METADATA
+from ..export.card import METADATA, card_metadata
 from ..export.digests import is_of_training
+from ..export.run_folder import CARD
 
 if importlib.util.find_spec("httpx2") is not None:
     from httpx2 import TransportError
@@ -30,7 +33,7 @@ else:  # huggingface_hub before it moved to httpx2
 
 logger = logging.get_logger(__name__)
 
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try."""
@@ -43,8 +46,8 @@ class HubError(UniRefinerError):
 
 
 def with_retries(
-    call: Callable[[], Result], waits: tuple[float, ...] = WAITS
-) -> Result:
+    call: Callable[[], Answer], waits: tuple[float, ...] = WAITS
+) -> Answer:
     """Call again after 429, 5xx and broken connections.
 
     The client itself retries uploads of files, but neither the creation of a
@@ -115,19 +118,18 @@ def remote_state(api: HfApi, repo_id: str, revision: str = MAIN) -> RemoteState 
         return None
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
     metadata: dict[str, Any] = {}
-    if "README.md" in files:
+    if CARD in files:
         try:
             path = with_retries(
-                lambda: api.hf_hub_download(repo_id, "README.md", revision=info.sha)
+                lambda: api.hf_hub_download(repo_id, CARD, revision=info.sha)
             )
-            text = Path(path).read_text(encoding="utf-8")
-            metadata = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+            metadata = card_metadata(Path(path).read_text(encoding="utf-8"))
         except EntryNotFoundError:
             metadata = {}
-        except (yaml.YAMLError, ValueError) as problem:
+        except UniRefinerError as problem:
             raise HubError(
-                f"The card of {repo_id} does not parse: {problem}. Repair it on the Hub, or "
-                "name another repository."
+                f"The card of {repo_id} is broken: {problem}. Repair it on the Hub, or name "
+                "another repository."
             ) from problem
     return RemoteState(str(info.sha), bool(info.private), files, metadata)
 
@@ -159,3 +161,63 @@ def check_ours(repo_id: str, state: RemoteState | None, base: str) -> None:
 def model_files(state: RemoteState) -> list[str]:
     """The repository's files without checkpoints of training."""
     return [name for name in state.files if not is_of_training(name)]
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what is no ``user/name``.
+
+    Raises:
+        HubError: says what is wrong with it.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as problem:
+        raise HubError(f"{repo_id!r} is not a repository's name: {problem}") from None
+    if repo_id.count("/") != 1:
+        raise HubError(f"{repo_id!r} names no owner: write user/{repo_id}.")
+
+
+def explained(call: Callable[[], Answer], repo_id: str) -> Answer:
+    """Run `call`; say what a refusal of the Hub means.
+
+    Raises:
+        HubError: in place of every error of the Hub and of the connection.
+    """
+    try:
+        return call()
+    except GatedRepoError as problem:
+        raise HubError(
+            f"{repo_id} is gated: ask for access on its page, then log in with "
+            "'hf auth login' or set HF_TOKEN."
+        ) from problem
+    except RepositoryNotFoundError as problem:
+        raise HubError(
+            f"There is no repository {repo_id} that may be seen from here: check the name; "
+            "a private one needs a token that may read it ('hf auth login', or HF_TOKEN)."
+        ) from problem
+    except HfHubHTTPError as problem:
+        status = problem.response.status_code
+        said = problem.server_message or _first_line(problem)
+        if status == 401:
+            raise HubError(
+                f"The Hub does not accept the token ({said}): make one with write access, "
+                "then run 'hf auth login' or set HF_TOKEN."
+            ) from problem
+        if status == 403:
+            raise HubError(
+                f"This token may not write to {repo_id} ({said}): use one with write "
+                "access, or a repository of your own."
+            ) from problem
+        raise HubError(
+            f"The Hub answered {status} ({said}). Nothing is lost: run the same command "
+            "again."
+        ) from problem
+    except (TransportError, OSError) as problem:
+        raise HubError(
+            f"The connection to the Hub failed ({_first_line(problem)}). Nothing is "
+            "lost: run the same command again."
+        ) from problem
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

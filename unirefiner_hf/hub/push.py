@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import (
@@ -18,31 +18,29 @@ from huggingface_hub import (
     ModelCard,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from ..export.checkpoint import SHARD_SIZE
-from ..export.merge import export_run, load_refined
+from ..export.checkpoint import SHARD_SIZE, is_ours, weight_dtype
+from ..export.merge import check_output, export_run, keeps_text, load_refined
 from ..export.reload_check import ReloadReport, check_reload, encode, example_pixels
-from ..export.run_folder import PUBLISHED, read_run
+from ..export.run_folder import CARD, PUBLISHED, as_path, read_run
 from ..loading.backbone import Model
 from ..modeling.text_side import TEXT
 from ..results import Result, Table
 from .client import (
     HubError,
     RemoteState,
-    TransportError,
     check_ours,
+    check_repo_id,
+    explained,
     model_files,
     remote_state,
     with_retries,
 )
 
 logger = logging.get_logger(__name__)
-
-Answer = TypeVar("Answer")
 
 STALE = (".safetensors", ".safetensors.index.json", ".py", ".png")
 """Endings of files of ours that a push removes when the new model has none of the name."""
@@ -87,11 +85,20 @@ class Pushed(Result):
         """Where it is."""
         return f"{self.repo_id} at {self.url}"
 
+    @property
+    def _place(self) -> str:
+        if self.tag is None:
+            proposed = self.pull_request or "none needed"
+            return f"Pull request: {proposed}"
+        visibility = "private" if self.private else "public"
+        return f"{self.url} ({visibility}), commit {self.commit[:7]}, tag {self.tag}"
+
     def tables(self) -> list[Table]:
         """The files that changed."""
         rows = [("uploaded", name) for name in self.uploaded]
         rows += [("removed", name) for name in self.removed]
-        return [Table(("", "file"), rows, f"Commit {self.commit[:7]}, tag {self.tag}.")]
+        rows = rows or [("unchanged", "all files")]
+        return [Table(("", "file"), rows, f"{self._place}.")]
 
     def __str__(self) -> str:
         ways = ", ".join(
@@ -106,13 +113,7 @@ class Pushed(Result):
             lines.append(f"Uploaded {len(self.uploaded)} files{removed} in one commit.")
         else:
             lines.append("Nothing to upload: the repository holds it all.")
-        if self.pull_request is not None:
-            return "\n".join([*lines, f"Pull request: {self.pull_request}"])
-        visibility = "private" if self.private else "public"
-        lines.append(
-            f"{self.url} ({visibility}), commit {self.commit[:7]}, tag {self.tag}"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, self._place])
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ class Plan:
 
 
 def push(
-    run: str | Path,
+    run: str | os.PathLike[str],
     repo_id: str,
     *,
-    output: str | Path | None = None,
+    output: str | os.PathLike[str] | None = None,
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
@@ -158,14 +159,14 @@ def push(
     Args:
         run: a finished run, or a ``checkpoint-N`` inside one.
         repo_id: ``user/name``.
-        output: folder to build in; None: ``published`` in the run. It is replaced.
+        output: folder to build in; None: ``published`` in the run. What a push or merge
+            left there is replaced, anything else is not.
         private: create a private repository.
         create_pr: propose the commit as a pull request.
         force: replace the model of a repository that is not ours.
         tag: None: ``v`` and the version of the recipe's package.
         model, processing_class, model_license, register_width, keep_text, dtype, native,
-            max_shard_size:
-            see `merge`.
+            max_shard_size: see `merge`.
         token: None: the one of the environment or of ``hf auth login``.
         trust_remote_code: run the base repository's own code.
 
@@ -175,12 +176,15 @@ def push(
             card the Hub refuses, or a change by somebody else meanwhile.
         RunFolderError, ExportError, ReloadError: see there; nothing was uploaded.
     """
-    _check_repo_id(repo_id)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    check_repo_id(repo_id)
+    dtype = weight_dtype(dtype)
+    kept = keeps_text(keep_text, native=native)
     found = read_run(run)
+    folder = Path(run) / PUBLISHED if output is None else as_path(output, "output")
+    check_output(found, folder)
     api = HfApi(token=token, library_name="unirefiner_hf")
     _log_in(api, repo_id)
-    state = _refusals(lambda: remote_state(api, repo_id), repo_id)
+    state = explained(lambda: remote_state(api, repo_id), repo_id)
     if not (force or create_pr):
         check_ours(repo_id, state, found.record["model"]["base"])
     if create_pr and state is None:
@@ -191,7 +195,6 @@ def push(
             "--private out."
         )
 
-    kept = False if native else keep_text
     base = load_refined(
         found,
         model,
@@ -208,7 +211,6 @@ def push(
         )
     pixels = example_pixels(base)
     trained = encode(base.model, pixels, native=native)
-    folder = Path(output) if output is not None else Path(run) / PUBLISHED
     folder = export_run(
         found,
         base,
@@ -216,7 +218,7 @@ def push(
         repo_id=repo_id,
         dtype=dtype,
         native=native,
-        overwrite=output is None or (folder / "config.json").is_file(),
+        overwrite=output is None or is_ours(folder),
         max_shard_size=max_shard_size,
     )
     check = check_reload(folder, base, trained, pixels, dtype=dtype, native=native)
@@ -225,10 +227,10 @@ def push(
 
     if state is None:
         create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
-        _refusals(lambda: with_retries(create), repo_id)
+        explained(lambda: with_retries(create), repo_id)
     tag = tag or f"v{found.record['versions']['unirefiner_hf']}"
     upload = _propose if create_pr else _commit
-    return _refusals(lambda: upload(api, repo_id, folder, tag, check), repo_id)
+    return explained(lambda: upload(api, repo_id, folder, tag, check), repo_id)
 
 
 def _commit(
@@ -364,57 +366,20 @@ def _tags(api: HfApi, repo_id: str) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in refs.tags}
 
 
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as problem:
-        raise HubError(f"{repo_id!r} is not a repository's name: {problem}") from None
-    if repo_id.count("/") != 1:
-        raise HubError(f"{repo_id!r} names no owner: write user/{repo_id}.")
-
-
 def _log_in(api: HfApi, repo_id: str) -> None:
     if (api.token or get_token()) is None:
         raise HubError(
             "Not logged in to the Hub: run 'hf auth login', or set HF_TOKEN."
         )
-    _refusals(lambda: with_retries(api.whoami), repo_id)
+    explained(lambda: with_retries(api.whoami), repo_id)
 
 
 def _validate_card(folder: Path) -> None:
     """The Hub's own validation, before anything is uploaded."""
-    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    card = ModelCard((folder / CARD).read_text(encoding="utf-8"))
     try:
         with_retries(card.validate)
     except HfHubHTTPError:
         raise
     except ValueError as problem:
         raise HubError(f"The Hub refuses the card's metadata: {problem}") from problem
-
-
-def _refusals(call: Callable[[], Answer], repo_id: str) -> Answer:
-    """Run `call`; say what a refusal of the Hub means."""
-    try:
-        return call()
-    except HfHubHTTPError as problem:
-        status = problem.response.status_code
-        said = problem.server_message or str(problem).splitlines()[0]
-        if status == 401:
-            raise HubError(
-                f"The Hub does not accept the token ({said}): make one with write access, "
-                "then run 'hf auth login' or set HF_TOKEN."
-            ) from problem
-        if status == 403:
-            raise HubError(
-                f"This token may not write to {repo_id} ({said}): use one with write "
-                "access, or a repository of your own."
-            ) from problem
-        raise HubError(
-            f"The Hub answered {status} ({said}). Nothing is lost: run the same command "
-            "again."
-        ) from problem
-    except (TransportError, OSError) as problem:
-        raise HubError(
-            f"The connection to the Hub failed ({str(problem).splitlines()[0]}). Nothing is "
-            "lost: run the same command again."
-        ) from problem

@@ -29,9 +29,12 @@ from transformers.utils import logging
 from ..export.card import render_unfinished_card
 from ..export.run_folder import (
     ADAPTER,
+    CARD,
+    FETCHING,
     LAST,
     RECORD,
     TRAINER_STATE,
+    UPLOADING,
     checkpoint_name,
     checkpoint_step,
 )
@@ -39,8 +42,6 @@ from ..loading import adapter as adapter_files
 from .client import check_ours, remote_state, with_retries
 
 logger = logging.get_logger(__name__)
-
-STAGING = ".pushing"
 
 
 class HubSync(TrainerCallback):
@@ -124,7 +125,7 @@ class HubSync(TrainerCallback):
             return
         self.finish()
         self._waiting = None
-        staging = self.run / STAGING
+        staging = self.run / UPLOADING
         shutil.rmtree(staging, ignore_errors=True)
         try:
             folder = self._stage(checkpoint, staging, step)
@@ -141,7 +142,7 @@ class HubSync(TrainerCallback):
         step, future = self._upload
         self._upload = None
         problem = future.exception()
-        shutil.rmtree(self.run / STAGING, ignore_errors=True)
+        shutil.rmtree(self.run / UPLOADING, ignore_errors=True)
         if problem is not None:
             self._failed(step, problem)
 
@@ -157,7 +158,7 @@ class HubSync(TrainerCallback):
                 _link(checkpoint / name, staging / ADAPTER / name)
         shutil.copyfile(self.run / RECORD, staging / RECORD)
         card = render_unfinished_card(self.base, step)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / CARD).write_text(card, encoding="utf-8")
         if self.strategy == HubStrategy.EVERY_SAVE:
             return None
         last = self.strategy == HubStrategy.CHECKPOINT
@@ -205,7 +206,7 @@ def fetch_last_checkpoint(
     chosen = LAST if LAST in folders else chosen
     if chosen is None or state is None:
         return None
-    staging = run / ".fetching"
+    staging = run / FETCHING
     shutil.rmtree(staging, ignore_errors=True)
     with_retries(
         lambda: snapshot_download(
@@ -220,7 +221,7 @@ def fetch_last_checkpoint(
     target = run / checkpoint_name(step)
     os.replace(staging / chosen, target)
     shutil.rmtree(staging, ignore_errors=True)
-    logger.warning(f"Fetched checkpoint-{step} from {repo_id}.")
+    logger.warning(f"Fetched {checkpoint_name(step)} from {repo_id}.")
     return target
 
 

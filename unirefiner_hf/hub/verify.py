@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
 
-from ..export.card import METADATA
+from ..export.card import own_metadata
 from ..export.digests import is_of_training, sha256
+from ..export.run_folder import CHECKPOINT, LAST, as_path
 from ..results import Result, Table
-from .client import HubError, with_retries
+from .client import HubError, check_repo_id, explained, with_retries
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 """Endings of weight files that are not safetensors."""
@@ -90,7 +93,10 @@ class Verified(Result):
 
 
 def verify(
-    checkpoint: str | Path, *, revision: str | None = None, force_download: bool = False
+    checkpoint: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    force_download: bool = False,
 ) -> Verified:
     """Compare every weight file with the card's sha256.
 
@@ -98,21 +104,20 @@ def verify(
 
     Args:
         checkpoint: a folder, or a Hub id, which is downloaded to the cache.
-        revision: branch, tag or commit on the Hub.
-        force_download: do not use what the cache holds.
+        revision: branch, tag or commit on the Hub; for a Hub id alone.
+        force_download: do not use what the cache holds; for a Hub id alone.
 
     Raises:
-        HubError: the card states no checksums.
+        HubError: neither a folder nor a repository that may be read; or its card states no
+            checksums.
     """
-    folder = Path(checkpoint)
+    folder = as_path(checkpoint, "checkpoint")
     if not folder.is_dir():
-        folder = _download(str(checkpoint), revision, force_download)
-    readme = folder / "README.md"
-    own = None
-    if readme.is_file():
-        text = readme.read_text(encoding="utf-8")
-        own = ModelCard(text, ignore_metadata_errors=True).data.get(METADATA)
-    stated = own.get("weights") if isinstance(own, dict) else None
+        folder = _download(checkpoint, revision, force_download)
+    elif revision is not None or force_download:
+        name = "force_download" if revision is None else "revision"
+        raise HubError(f"{folder} is a folder here: {name} is for models on the Hub.")
+    stated = (own_metadata(folder) or {}).get("weights")
     if not isinstance(stated, dict) or not stated:
         raise HubError(
             f"The card of {checkpoint} states no checksums: only a model that unirefiner "
@@ -134,20 +139,33 @@ def verify(
     )
 
 
-def _download(repo_id: str, revision: str | None, force: bool) -> Path:
+def _download(
+    checkpoint: str | os.PathLike[str], revision: str | None, force: bool
+) -> Path:
     """The repository's model in the cache.
 
     The commit is asked for first: the download alone would be content with an old copy
     of a repository that is gone or closed by now.
     """
-    info = with_retries(lambda: HfApi().model_info(repo_id, revision=revision))
-    return Path(
-        with_retries(
+    repo_id = os.fspath(checkpoint)
+    if isinstance(checkpoint, Path) or repo_id.count("/") != 1 or repo_id[0] in "./~":
+        raise HubError(
+            f"{repo_id} is neither a folder here nor user/name, a repository on the Hub."
+        )
+    check_repo_id(repo_id)
+
+    def download() -> str:
+        try:
+            info = with_retries(lambda: HfApi().model_info(repo_id, revision=revision))
+        except RevisionNotFoundError as problem:
+            raise HubError(f"{repo_id} has no revision {revision!r}.") from problem
+        return with_retries(
             lambda: snapshot_download(
                 repo_id,
                 revision=info.sha,
                 force_download=force,
-                ignore_patterns=["last-checkpoint/*", "checkpoint-*/*"],
+                ignore_patterns=[f"{LAST}/*", f"{CHECKPOINT}*/*"],
             )
         )
-    )
+
+    return Path(explained(download, repo_id))

@@ -104,6 +104,11 @@ def load_backbone(
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         source, name = backbone_source(model)
+        if args.revision is not None and Path(source).is_dir():
+            raise BackboneError(
+                f"revision is {args.revision!r}, and {name} is a folder: {IN_MEMORY['revision']}. "
+                "Leave it out."
+            )
         text_side = _text_side(args, source)
         refined = _read_refined(source, args)
         if refined is None:

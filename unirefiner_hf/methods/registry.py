@@ -67,18 +67,30 @@ def method_settings(
                 "Set it in the settings."
             )
         return dataclasses.replace(method)
-    if isinstance(method, str):
-        kind = method_named(method)
-    elif isinstance(method, type) and issubclass(method, MethodSettings):
-        kind = method
-    else:
-        raise UniRefinerError(
-            f"method is a {type(method).__name__}: give a name ({', '.join(METHODS)}) or "
-            "settings such as UniRefinerSettings(...)."
-        )
+    kind = method_kind(method)
     for name in fields:
         check_setting(kind, name)
     return kind(**fields)
+
+
+def method_kind(
+    method: str | MethodSettings | type[MethodSettings],
+) -> type[MethodSettings]:
+    """The settings class of a method, given by its name, by settings or by the class.
+
+    Raises:
+        UniRefinerError: something else, or no such method.
+    """
+    if isinstance(method, str):
+        return method_named(method)
+    if isinstance(method, MethodSettings):
+        return type(method)
+    if isinstance(method, type) and issubclass(method, MethodSettings):
+        return method
+    raise UniRefinerError(
+        f"method is a {type(method).__name__}: give a name ({', '.join(METHODS)}) or "
+        "settings such as UniRefinerSettings(...)."
+    )
 
 
 def check_setting(method: type[MethodSettings], name: str) -> None:

@@ -32,6 +32,7 @@ class MethodSettings:
         unread: fields of `BackboneArguments` it does not read, and why not.
         summary, registers, usage: sentences of the model card; fields in braces are the
             recipe's settings, ``{base}`` the backbone.
+        citation: BibTeX of what describes the method; empty for none.
 
     Raises:
         UniRefinerError: a value is outside its range.
@@ -46,6 +47,7 @@ class MethodSettings:
     summary: ClassVar[str]
     registers: ClassVar[str] = ""
     usage: ClassVar[str]
+    citation: ClassVar[str] = ""
 
     no_grad_batch: int | None = field(
         default=None,

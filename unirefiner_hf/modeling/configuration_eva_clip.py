@@ -44,6 +44,8 @@ class EvaClipVisionConfig(PreTrainedConfig):
     @staticmethod
     def describes(published: dict[str, Any]) -> bool:
         """Whether a ``config.json`` is that of a published EVA-CLIP."""
+        if published.get("model_type") == EvaClipVisionConfig.model_type:
+            return False
         names = [*(published.get("architectures") or [])]
         names += [str(value) for value in (published.get("auto_map") or {}).values()]
         return any("evaclip" in name.lower() for name in names)

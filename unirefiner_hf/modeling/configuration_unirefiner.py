@@ -24,11 +24,9 @@ except ImportError as error:
         "pip install -U transformers"
     ) from error
 
-from .configuration_eva_clip import EvaClipVisionConfig
 from .families import DUAL_ENCODERS, family_of
+from .own_towers import published_config
 from .registers import FILLS
-
-AutoConfig.register(EvaClipVisionConfig.model_type, EvaClipVisionConfig, exist_ok=True)
 
 FORMAT_VERSION = 2
 """Version 2 has register tokens; without them files stay version 1."""
@@ -46,9 +44,6 @@ _STANDARD_KEYS = {
     "task_specific_params",
     "torchscript",
 }
-
-# InternViT in refined checkpoints of earlier versions; its weights are named as published.
-_EARLIER_INTERN_VIT = "unirefiner_intern_vit"
 
 logger = logging.get_logger(__name__)
 
@@ -160,11 +155,10 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"vision_config is a {type(self.vision_config).__name__}; give the config "
                 "of a vision tower, or its dict."
             )
-        elif (self.vision_config or {}).get("model_type") == _EARLIER_INTERN_VIT:
-            from .published_intern_vit import PublishedInternViTConfig
-
-            published: Any = self.vision_config
-            self.vision_config = PublishedInternViTConfig.from_published(published)
+        elif self.vision_config:
+            self.vision_config = published_config(self.vision_config) or (
+                self.vision_config
+            )
         super().__post_init__(**kwargs)
         self._check_tower()
         self._check_settings()

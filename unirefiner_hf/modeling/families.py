@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .configuration_eva_clip import EvaClipVisionConfig
 from .errors import UniRefinerError
 
 if TYPE_CHECKING:
@@ -415,7 +414,7 @@ FAMILIES: dict[str, TowerFamily] = {
         norm_in_output=True,
         settings=(("drop_path_rate", 0.0),),
     ),
-    EvaClipVisionConfig.model_type: TowerFamily(
+    "unirefiner_eva_clip_vision": TowerFamily(
         checkpoints="BAAI/EVA-CLIP-8B, EVA-CLIP-8B-448, EVA-CLIP-18B",
         layers="encoder.layers",
         query="self_attn.q_proj",

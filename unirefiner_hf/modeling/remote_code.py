@@ -13,12 +13,13 @@ from . import (
     families,
     modeling_eva_clip,
     modeling_unirefiner,
-    published_intern_vit,
+    own_towers,
     recording,
     registers,
     towers,
     vit_parts,
 )
+from .configuration_eva_clip import EvaClipVisionConfig
 from .configuration_unirefiner import UniRefinerConfig
 from .errors import UniRefinerError
 
@@ -30,25 +31,39 @@ AUTO_MAP = {
 
 FLAT_MODULES = (
     configuration_unirefiner,
-    configuration_eva_clip,
     errors,
     families,
     modeling_unirefiner,
-    modeling_eva_clip,
-    published_intern_vit,
+    own_towers,
     recording,
     registers,
     towers,
-    vit_parts,
 )
+"""What every checkpoint needs."""
+
+EVA_CLIP_MODULES = (configuration_eva_clip, modeling_eva_clip, vit_parts)
+"""What `own_towers` imports, and only a checkpoint of EVA-CLIP needs."""
+
+NO_OWN_TOWERS = '''"""This checkpoint's tower is one of transformers: none has to be added."""
+
+
+def published_config(published):
+    return None
+
+
+def own_models():
+    return {}
+'''
+"""`own_towers` in every other checkpoint."""
 
 
 def save_remote_code(folder: str | Path) -> list[Path]:
-    """Copy the model's code into a saved checkpoint and point its config at it.
+    """Put the code its model needs into a saved checkpoint and point its config at it.
 
     After this ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` works in a
     process without this package, as does ``AutoBackbone`` once the folder is on the
-    Hub. (`save_pretrained` copies the code too, but maps `AutoBackbone` to nothing.)
+    Hub. (`save_pretrained` copies the code too, EVA-CLIP's as well, but maps
+    `AutoBackbone` to nothing.) The code of EVA-CLIP goes where the tower is another.
 
     Args:
         folder: folder written by ``save_pretrained``.
@@ -76,7 +91,12 @@ def save_remote_code(folder: str | Path) -> list[Path]:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     config_file.write_text(text, encoding="utf-8")
     written = [config_file]
-    for module in FLAT_MODULES:
+    eva_clip = config["vision_config"]["model_type"] == EvaClipVisionConfig.model_type
+    for module in FLAT_MODULES + (EVA_CLIP_MODULES if eva_clip else ()):
         source = Path(str(module.__file__))
         written.append(Path(shutil.copyfile(source, folder / source.name)))
+    if not eva_clip:
+        for module in EVA_CLIP_MODULES:
+            (folder / Path(str(module.__file__)).name).unlink(missing_ok=True)
+        (folder / "own_towers.py").write_text(NO_OWN_TOWERS, encoding="utf-8")
     return written

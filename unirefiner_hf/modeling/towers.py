@@ -19,7 +19,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from .configuration_eva_clip import EvaClipVisionConfig
 from .errors import UniRefinerError
 from .families import (
     DUAL_ENCODERS,
@@ -29,15 +28,16 @@ from .families import (
     part_of,
     patch_size_of,
 )
-from .modeling_eva_clip import EvaClipVisionModel
+from .own_towers import own_models, published_config
 
 # transformers has this class, but its AutoModel does not know it. By name: a model may not
 # be imported here, since transformers' own imports may have brought us here.
 MODEL_MAPPING_NAMES.setdefault("metaclip_2_vision_model", "MetaClip2VisionModel")
-AutoModel.register(EvaClipVisionConfig, EvaClipVisionModel, exist_ok=True)
 
 # By name: where this code came with a checkpoint, config classes may be loaded twice.
-_OWN = {EvaClipVisionConfig.model_type: EvaClipVisionModel}
+_OWN = own_models()
+for _model in _OWN.values():
+    AutoModel.register(_model.config_class, _model, exist_ok=True)
 
 # What transformers, the Hub and safetensors raise for what was named or asked for: no such
 # model, another format, a damaged file, an attention or a library that is not there.
@@ -55,13 +55,7 @@ def tower_config(
     """
     with translated(f"{name_or_path} cannot be loaded"):
         published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
-        if EvaClipVisionConfig.describes(published):
-            return EvaClipVisionConfig.from_published(published)
-        if published.get("model_type") == "intern_vit_6b":
-            from .published_intern_vit import PublishedInternViTConfig
-
-            return PublishedInternViTConfig.from_published(published)
-        return AutoConfig.from_pretrained(
+        return published_config(published) or AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
         )
 

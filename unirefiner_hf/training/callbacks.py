@@ -151,6 +151,7 @@ class GracefulStop(TrainerCallback):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Catch both signals for as long as the context lasts."""
+        self.received = None
         watched = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.getsignal(number) for number in watched}
 

@@ -46,7 +46,7 @@ _MappingLoader.add_implicit_resolver(
 def read_recipe(path: str | Path) -> dict[str, Values]:
     """Keys of a YAML file and the words behind them, untyped.
 
-    A mapping becomes one word of JSON.
+    A mapping becomes one word of JSON; a key may have '-' in place of '_'.
 
     Raises:
         RecipeError: not YAML, not a flat mapping, or a key that stands there twice.
@@ -62,7 +62,7 @@ def read_recipe(path: str | Path) -> dict[str, Values]:
         raise RecipeError(f"{path.name} has to be a mapping of 'key: value' lines.")
     values: dict[str, Values] = {}
     for key_node, node in root.value:
-        key = str(key_node.value)
+        key = str(key_node.value).replace("-", "_")
         if key in values:
             line = key_node.start_mark.line + 1
             raise RecipeError(f"{path.name}, line {line}: {key!r} stands there twice.")
@@ -184,6 +184,21 @@ def build_arguments(
         key = str(problem.argument_name).split("/")[0].removeprefix("--")
         given = " ".join(values[key] or ())
         raise RecipeError(f"{key} is {given!r}; expected {expected[key]}.") from problem
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Refuse keys that are none.
+
+    Args:
+        where: the file they stand in, said before.
+
+    Raises:
+        RecipeError: names the nearest one.
+    """
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            raise RecipeError(f"{where}unknown key {key!r}{nearest(key, known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

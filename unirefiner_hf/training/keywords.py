@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UniRefinerError
 from ..methods.registry import (
     check_setting,
-    method_named,
+    method_kind,
     method_settings,
     methods_with,
     setting_names,
@@ -30,20 +30,21 @@ def split_keywords(
     """Fields of `UniRefinerArguments`, and those of the method's settings.
 
     Raises:
-        UniRefinerError: a keyword of neither; names whose it is, or the nearest.
+        UniRefinerError: no method, or a keyword of neither; names whose it is, or the
+            nearest.
     """
     own: dict[str, Any] = {}
     of_method: dict[str, Any] = {}
-    kind = method_named(method) if isinstance(method, str) else method
+    kind = method_kind(method)
     for name, value in fields.items():
         if name in ARGUMENTS:
             own[name] = value
-        elif name in setting_names(kind):  # type: ignore[arg-type]
+        elif name in setting_names(kind):
             of_method[name] = value
         elif methods_with(name):
-            check_setting(kind, name)  # type: ignore[arg-type]
+            check_setting(kind, name)
         else:
-            known = [*ARGUMENTS, *setting_names(kind)]  # type: ignore[arg-type]
+            known = [*ARGUMENTS, *setting_names(kind)]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UniRefinerError(f"There is no argument or setting {name!r}{hint}")

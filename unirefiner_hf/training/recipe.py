@@ -17,8 +17,8 @@ from .fields import (
     RecipeError,
     Values,
     build_arguments,
+    check_keys,
     is_null,
-    nearest,
     read_recipe,
     to_words,
 )
@@ -80,7 +80,8 @@ def load_recipe(recipe: str | Path | None = None, /, **fields: Any) -> Recipe:
             the recipe's, settings of the recipe that it does not read are left out.
 
     Raises:
-        RecipeError: no such recipe or key (names the nearest valid one), a setting of
+        RecipeNotFoundError: no such recipe.
+        RecipeError: no such key (names the nearest valid one), a setting of
             another method, a value of another type, or as `read_recipe`.
         UniRefinerError: a value that is out of its range.
     """
@@ -89,11 +90,9 @@ def load_recipe(recipe: str | Path | None = None, /, **fields: Any) -> Recipe:
 
 
 def recipe_of_words(
-    recipe: str | Path | None,
-    overrides: Mapping[str, Values],
-    defaults: Mapping[str, Values] | None = None,
+    recipe: str | Path | None, overrides: Mapping[str, Values]
 ) -> Recipe:
-    """`load_recipe` with the words of a command line, and what holds where none says."""
+    """`load_recipe` with the words of a command line."""
     path = None if recipe is None else find_recipe(str(recipe))
     told = {} if path is None else read_recipe(path)
     before, after = _method_of(told), _method_of({**told, **overrides})
@@ -105,7 +104,7 @@ def recipe_of_words(
         where = "" if source is None else f"{source.name}: "
         for key in keys:
             _check_key(key, after, where)
-    values = {**(defaults or {}), **told, **overrides}
+    values = {**told, **overrides}
     places = {key: values.pop(key, None) for key in ("model", "data", "method")}
     args, settings = build_arguments(values, (UniRefinerArguments, after))
     return Recipe(
@@ -141,14 +140,10 @@ def _unread(key: str, method: type[MethodSettings]) -> bool:
 
 
 def _check_key(key: str, method: type[MethodSettings], where: str) -> None:
-    known = ("model", "data", "method", *ARGUMENTS)
-    if key in known or key in setting_names(method):
-        return
-    if methods_with(key):
+    known = ("model", "data", "method", *ARGUMENTS, *setting_names(method))
+    if key not in known and methods_with(key):
         try:
             check_setting(method, key)
         except UniRefinerError as problem:
             raise RecipeError(f"{where}{problem}") from None
-    raise RecipeError(
-        f"{where}unknown key {key!r}{nearest(key, (*known, *setting_names(method)))}"
-    )
+    check_keys([key], known, where)

@@ -22,12 +22,13 @@ from ..data.images import default_reference, denormalise, load_rgb, preprocess
 from ..data.samples import collate
 from ..data.streams import RefinementStream
 from ..data.unlabelled import open_images, sample_images
-from ..errors import UniRefinerError
+from ..errors import UniRefinerError, as_users
 from ..export.card import card_from_record, render_card
 from ..export.checkpoint import is_ours
 from ..export.merge import Merged, merge
 from ..export.run_folder import (
     ADAPTER,
+    EVALUATION,
     MERGED,
     METRICS,
     PICTURE,
@@ -35,10 +36,12 @@ from ..export.run_folder import (
     SNAPSHOTS,
     checkpoint_name,
     checkpoint_step,
+    checkpoint_steps,
     is_run,
     last_checkpoint_step,
     read_record,
     read_refiner_state,
+    recorded_method,
 )
 from ..hub.push import Pushed, push
 from ..hub.sync import HubSync, fetch_last_checkpoint
@@ -51,7 +54,7 @@ from ..methods.base import backbone_arguments, check_arguments, load_trainable
 from ..methods.objective import Objective, Surroundings
 from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..outputs import write_json
+from ..outputs import write_json, write_whole
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.settings import FilterSettings
 from ..spurious.similarity import gather_tokens
@@ -119,7 +122,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
     Args:
         model: Hub id, ``"starter"``, folder, vision model of transformers, or
-            `UniRefinerModel`.
+            `UniRefinerModel`. One in memory is copied here and once more by `save_model`:
+            leave its weights as they are until then.
         args: of the run; None: made of the keywords.
         train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_images`.
         method: a name (``"unirefiner"``, ``"ph_reg"``, ``"distillation"``) or settings.
@@ -163,10 +167,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 )
         assert model is not None
         check_arguments(args, settings)
+        _check_together(args)
         check_launch(args.world_size)
         _use_one_gpu(args)
         self.settings = settings
         self.resumed = _checkpoint_to_resume(Path(str(args.output_dir)), args)
+        _check_method(self.resumed, settings)
         wait_for_all()
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
@@ -206,13 +212,15 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self.last_metrics: dict[str, float] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._drawn = (-1, 0)
-        super().__init__(
-            model=objective,
-            args=args,
-            train_dataset=images,
-            data_collator=collate,
-            callbacks=list(callbacks or ()),
-        )
+        self._started = False
+        with as_users("arguments of the run"):
+            super().__init__(
+                model=objective,
+                args=args,
+                train_dataset=images,
+                data_collator=collate,
+                callbacks=list(callbacks or ()),
+            )
         if objective.needs_whole_weights and self.parts_weights:
             raise RunError(
                 f"Method {settings.name} exchanges weights of the backbone for the "
@@ -255,7 +263,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
             kwargs: none; those of `transformers.Trainer.train` are refused.
 
         Raises:
-            RunError: the folder holds a run already, or a checkpoint of another folder.
+            RunError: it was called before, the folder holds a run by now, or a checkpoint of
+                another folder.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
             LostProcessError: another process of the run is gone.
             NonFiniteLossError, CheckpointError, ImageError: see there.
@@ -263,36 +272,54 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if kwargs:
             raise RunError(f"train() takes no {next(iter(kwargs))}: leave it out.")
         checkpoint = self._checkpoint(resume_from_checkpoint)
+        self._started = True
+        wait_for_all()
         if self.is_world_process_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RECORD, {**self.record, "finished": False})
         started = time.monotonic()
         output = self._run(checkpoint)
-        self._finish(output, time.monotonic() - started, checkpoint is not None)
+        self._finish(time.monotonic() - started, checkpoint)
         wait_for_all()
         return output
 
     def _checkpoint(self, asked: bool | str | Path | None) -> Path | None:
-        """Where to resume; refuses a folder that another run filled meanwhile."""
+        """Where to resume; refuses to start over, or in a folder that was filled meanwhile."""
+        steps = checkpoint_steps(self.folder)
         if isinstance(asked, (str, Path)):
             folder = Path(asked).absolute()
-            if (
-                checkpoint_step(folder) is None
-                or folder.parent != self.folder.absolute()
-            ):
+            inside = folder.parent == self.folder.absolute()
+            if not inside or checkpoint_step(folder) not in steps:
                 raise RunError(
                     f"resume_from_checkpoint is {asked}, which is no checkpoint-N of this "
                     f"run in {self.folder}."
                 )
             return folder
-        if asked:
-            step = last_checkpoint_step(self.folder)
-            return None if step is None else self.folder / checkpoint_name(step)
-        if not self.args.resume and (self.state.global_step or is_run(self.folder)):
+        if asked and steps:
+            return self.folder / checkpoint_name(steps[-1])
+        if self._started:
+            raise RunError(
+                "train() was called before, and the weights are no longer those of the "
+                "start: make another trainer, with another output_dir, or continue from "
+                "the last checkpoint, if there is one, by "
+                "train(resume_from_checkpoint=True)."
+            )
+        if asked is False and self.resumed is not None:
+            raise RunError(
+                "resume_from_checkpoint is False, and resume of the arguments is true: "
+                "leave one of them out."
+            )
+        before = [] if self.resumed is None else [checkpoint_step(self.resumed)]
+        filled = is_run(self.folder) and not self.args.resume
+        if filled or steps[-1:] != before:
             raise _holds_a_run(self.folder)
         return self.resumed
 
     def _run(self, checkpoint: Path | None) -> TrainOutput:
+        self._sums.clear()
+        self._drawn = (-1, 0)
+        # The order of the images follows the generator, which may have served since.
+        set_seed(self.args.seed)
         with self.graceful_stop.watching():
             try:
                 if checkpoint is not None and self.restore_finished(checkpoint):
@@ -326,7 +353,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             f"on as many processes. ({reason})"
         )
 
-    def _finish(self, output: TrainOutput, seconds: float, resumed: bool) -> None:
+    def _finish(self, seconds: float, checkpoint: Path | None) -> None:
         """Adapter, comparison, picture and record.
 
         Every process takes part in the forward passes, where weights may be split; the
@@ -341,6 +368,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if width is None:
             width = self.refiner.register_width(side, side)
         model.config.register_width = width
+        resumed = checkpoint is not None
         self.record = finished_record(self, losses, skipped, seconds, resumed)
         self.save_adapter(self.folder / ADAPTER)
         comparison = None
@@ -359,6 +387,9 @@ class UniRefinerTrainer(RefinementCheckpoints):
             mean, std = self.backbone.mean, self.backbone.std
             pictures = [denormalise(pixels, mean, std) for pixels in self.shown]
             figure(comparison, pictures).save(self.folder / PICTURE)
+        if checkpoint is None or checkpoint_step(checkpoint) != self.state.global_step:
+            # What was measured of an earlier end of this run is not true of this one.
+            (self.folder / MERGED / EVALUATION).unlink(missing_ok=True)
         write_json(self.folder / METRICS, metrics_of(self))
         write_json(self.folder / RECORD, {**self.record, "finished": True})
         if skipped:
@@ -438,10 +469,11 @@ class UniRefinerTrainer(RefinementCheckpoints):
         """
         self._check_finished("create_model_card")
         folder = self.folder if output_dir is None else Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = [PICTURE] if (folder / PICTURE).is_file() else []
-        card = card_from_record(self.record, repo_id=repo_id)
-        (folder / "README.md").write_text(render_card(card, shown), encoding="utf-8")
+        if self.is_world_process_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            shown = [PICTURE] if (folder / PICTURE).is_file() else []
+            card = card_from_record(read_record(self.folder), repo_id=repo_id)
+            write_whole(folder / "README.md", render_card(card, shown))
         return folder / "README.md"
 
     def _check_finished(self, asked: str) -> None:
@@ -597,6 +629,20 @@ class UniRefinerTrainer(RefinementCheckpoints):
         """Nothing: `HubSync` uploads when the checkpoint is whole."""
 
 
+def _check_together(args: UniRefinerArguments) -> None:
+    """Refuse an argument that another one would leave unread."""
+    if args.snapshot_steps and not args.report_images:
+        raise RunError(
+            f"snapshot_steps is {args.snapshot_steps}, and report_images 0: pictures are of "
+            "the images of the report. Set report_images, or leave snapshot_steps out."
+        )
+    if args.final_lr_share is not None and args.warmup_steps:
+        raise RunError(
+            f"warmup_steps is {args.warmup_steps}, which final_lr_share "
+            f"({args.final_lr_share}) does not go with: the rate falls from the first step."
+        )
+
+
 def _open(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
     return open_images(
         starter_data(data),
@@ -667,6 +713,16 @@ def _checkpoint_to_resume(run: Path, args: UniRefinerArguments) -> Path | None:
         logger.warning(f"{run.name} holds no checkpoint: starting at step 0.")
         return None
     return run / checkpoint_name(step)
+
+
+def _check_method(checkpoint: Path | None, settings: MethodSettings) -> None:
+    """Refuse to continue a run by another method; adapters of two may fit one backbone."""
+    method = None if checkpoint is None else recorded_method(checkpoint.parent)
+    if method is not None and method != settings.name:
+        raise RunError(
+            f"{checkpoint} is of method {method}, and the method asked for is "
+            f"{settings.name}: continue with that one, or name another output_dir."
+        )
 
 
 def _holds_a_run(run: Path) -> RunError:

@@ -35,6 +35,11 @@ class DistillationSettings(MethodSettings):
         "compared with, not a refined model."
     )
     usage = "It was trained without a border of registers and needs none."
+    citation = """@misc{unirefiner,
+  title = {UniRefiner},
+  eprint = {2605.19622},
+  archivePrefix = {arXiv}
+}"""
 
     num_crops: int = field(
         default=3, metadata={"help": "Crops per image and step (P in the paper)."}

@@ -36,14 +36,19 @@ class PHRegSettings(MethodSettings):
         "{base}, distilled by PH-Reg so that its patch tokens describe their own place. The "
         "teacher is the base itself, its tokens averaged over {teacher_views} moved and "
         "mirrored views of each unlabelled image, which artifacts do not follow; the student "
-        "has {register_tokens} learned register tokens in its sequence, dropped at the end, "
-        "and trained them with its position and patch embedding and its last layer. All of "
-        "it is in these weights."
+        "has {register_tokens} learned register tokens in its sequence, dropped at the end. "
+        "They were trained together with its position and patch embeddings and its last "
+        "layer; all of it is in these weights."
     )
     registers = (
         "{register_tokens} learned register tokens, added and removed by the model"
     )
     usage = "The register tokens are inside: there is nothing to set."
+    citation = """@misc{phreg,
+  title = {PH-Reg},
+  eprint = {2505.21501},
+  archivePrefix = {arXiv}
+}"""
 
     register_tokens: int = field(
         default=16,
