@@ -73,11 +73,6 @@ class MethodSettings:
         return 0
 
     @property
-    def widest_pass(self) -> int:
-        """Images of the largest pass without gradient, a training image."""
-        return 1
-
-    @property
     def full_loss_from(self) -> float:
         """Share of the run before the last term of the loss sets in."""
         return 0.0

@@ -127,11 +127,6 @@ class DistillationSettings(MethodSettings):
         return Distillation
 
     @property
-    def widest_pass(self) -> int:
-        """The crops of an image."""
-        return self.num_crops
-
-    @property
     def full_loss_from(self) -> float:
         """Where L_scd sets in."""
         return self.scd_start

@@ -108,8 +108,3 @@ class PHRegSettings(MethodSettings):
     def num_register_tokens(self) -> int:
         """Learned tokens that join the sequence."""
         return self.register_tokens
-
-    @property
-    def widest_pass(self) -> int:
-        """The views of an image."""
-        return self.teacher_views
