@@ -7,6 +7,7 @@ from transformers import BitsAndBytesConfig
 
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
 from unirefiner_hf import UniRefinerBackbone, UniRefinerModel
+from unirefiner_hf import UniRefinerError
 from unirefiner_hf.export.onnx import ONE_BATCH, ONE_SHAPE, export_onnx, export_program
 
 # One of each kind of position: bicubic, antialiased, rotary, resized by the tower, by us.
@@ -69,14 +70,14 @@ def test_onnx_takes_every_size(family, tmp_path):
 
 
 def test_what_cannot_be_exported():
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(UniRefinerError, match="training mode"):
         export_program(refined("dinov2").train())
-    with pytest.raises(ValueError, match="batch=1"):
+    with pytest.raises(UniRefinerError, match="batch=1"):
         export_program(refined("siglip2_vision_model"))
-    with pytest.raises(ValueError, match="randn"):
+    with pytest.raises(UniRefinerError, match="randn"):
         export_program(refined("dinov2", register_fill="randn"))
     assert set(ONE_SHAPE) == {"radio"}
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(UniRefinerError, match="longer"):
         export_program(refined("radio"))
 
 

@@ -9,7 +9,15 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from tests.export.conftest import TRAINED, WIDTHS, make_record, merge, pixels
+from tests.export.conftest import (
+    TRAINED,
+    WIDTHS,
+    make_record,
+    make_refined,
+    merge,
+    pixels,
+)
+from tests.export.test_merge import export
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.export.card import card_from_record, render_card
 from unirefiner_hf.export.checkpoint import ExportError
@@ -49,6 +57,13 @@ def test_a_moved_checkpoint_is_still_known_as_its_method(
     known = load_checkpoint(str(moved))
     assert (known.method, known.is_control) == (method, method == "distillation")
     assert known.register_width == WIDTHS[method]
+
+
+def test_the_writer_itself_says_the_method(tmp_path):
+    model = make_refined("dinov2")
+    assert model.config.method is None
+    folder = export(model, tmp_path / "merged")
+    assert AutoModel.from_pretrained(folder).config.method == "unirefiner"
 
 
 @pytest.mark.parametrize("method", ["unirefiner", "distillation"])

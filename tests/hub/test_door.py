@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from huggingface_hub import constants
@@ -150,6 +151,18 @@ def test_a_folder_that_holds_the_run_is_not_built_in(save_run):  # noqa: F811
     with pytest.raises(UniRefinerError, match="holds the run itself"):
         unirefiner_hf.push(run, REPO, model=base, output=run)
     assert (run / "run.json").is_file()
+
+
+def test_a_folder_of_another_hand_is_not_built_over(save_run, monkeypatch):  # noqa: F811
+    _, run, base = save_run()
+    module = sys.modules["unirefiner_hf.hub.push"]
+    monkeypatch.setattr(module, "_log_in", lambda api, repo_id: None)
+    monkeypatch.setattr(module, "remote_state", lambda api, repo_id: None)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    assert "config.json" in before
+    with pytest.raises(UniRefinerError, match="tiny-tower is not empty"):
+        unirefiner_hf.push(run, REPO, model=base, output=base)
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ..modeling.errors import MissingLibraryError, UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
 
 ONE_SHAPE = {
@@ -79,26 +80,26 @@ def export_program(
         max_patches: longest side in patches, without the border.
 
     Raises:
-        ValueError: a model in training mode, a tower whose graph depends on the shape of
+        UniRefinerError: a model in training mode, a tower whose graph depends on the shape of
             the image, one that needs `batch`, or a border that is drawn.
     """
     kind = model.config.vision_config.model_type
     if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first.")
+        raise UniRefinerError("the model is in training mode: call model.eval() first.")
     if kind in ONE_SHAPE:
-        raise ValueError(
+        raise UniRefinerError(
             f"a {kind} tower cannot be exported for any height and width: "
             f"{ONE_SHAPE[kind]}. torch.export.export(FeatureMap(model), (pixels,)) gives "
             "a graph for the one size of `pixels`."
         )
     if kind in ONE_BATCH and batch is None:
-        raise ValueError(
+        raise UniRefinerError(
             f"a {kind} tower loops over the images of a batch: give the one size that "
             "the graph shall take, for instance batch=1."
         )
     width = model.config.register_width if register_width is None else register_width
     if width > 0 and model.config.register_fill in ("randn", "rand"):
-        raise ValueError(
+        raise UniRefinerError(
             f"register_fill={model.config.register_fill!r} is drawn for the size of each "
             "image, which a graph cannot do from a fixed seed. Export a model with a "
             "'zero' or 'learnable' border, or register_width=0."
@@ -139,14 +140,14 @@ def export_onnx(model: UniRefinerModel, file: str | Path, **options: Any) -> Pat
         options: see `export_program`.
 
     Raises:
-        ImportError: without onnx and onnxscript.
-        ValueError: as in `export_program`.
+        MissingLibraryError: without onnx and onnxscript.
+        UniRefinerError: as in `export_program`.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
+        raise MissingLibraryError(
             f'ONNX export needs {error.name}: pip install "unirefiner_hf[onnx]"'
         ) from error
     program = export_program(model, **options)
