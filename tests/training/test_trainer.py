@@ -290,6 +290,17 @@ def test_options_that_the_images_have_no_use_for_are_refused(
                 trainer(args=run, train_dataset=tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"dataloader_drop_last": True}, {"train_sampling_strategy": "sequential"}],
+)
+def test_options_that_a_stream_has_no_use_for_are_refused(
+    trainer, args, table, option
+):
+    with pytest.raises(UniRefinerError, match=f"{next(iter(option))} is .*stream"):
+        trainer(args=args(**option), train_dataset=table.to_iterable_dataset())
+
+
 # Models
 
 

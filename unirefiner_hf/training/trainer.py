@@ -28,6 +28,7 @@ from ..export.checkpoint import is_ours
 from ..export.merge import Merged, merge
 from ..export.run_folder import (
     ADAPTER,
+    CARD,
     EVALUATION,
     MERGED,
     METRICS,
@@ -205,8 +206,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         total_batch = args.train_batch_size * args.gradient_accumulation_steps
         self.total_batch = total_batch * args.world_size
         args.learning_rate = args.scaled_learning_rate(self.total_batch)
-        if isinstance(images, RefinementStream) and args.max_steps <= 0:
-            args.max_steps = _steps_of_stream(self.total_batch, args)
+        if isinstance(images, RefinementStream):
+            _settle_stream(self.total_batch, args)
 
         self.skipped: dict[str, str] = {}
         self.last_metrics: dict[str, float] = {}
@@ -473,8 +474,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
             folder.mkdir(parents=True, exist_ok=True)
             shown = [PICTURE] if (folder / PICTURE).is_file() else []
             card = card_from_record(read_record(self.folder), repo_id=repo_id)
-            write_whole(folder / "README.md", render_card(card, shown))
-        return folder / "README.md"
+            write_whole(folder / CARD, render_card(card, shown))
+        return folder / CARD
 
     def _check_finished(self, asked: str) -> None:
         if not (is_run(self.folder) and read_record(self.folder).get("finished")):
@@ -527,13 +528,18 @@ class UniRefinerTrainer(RefinementCheckpoints):
         stream.endless = True
         self.args.ignore_data_skip = True
         args = self.args
+        workers = min(args.dataloader_num_workers, stream.shards)
         return DataLoader(
             stream,
             batch_size=args.train_batch_size,
             collate_fn=self.data_collator,
-            num_workers=min(args.dataloader_num_workers, stream.shards),
+            num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            multiprocessing_context=args.dataloader_multiprocessing_context
+            if workers
+            else None,
         )
 
     def create_scheduler(
@@ -679,13 +685,28 @@ def _objective(
     return settings.objective().build(base.model, settings, given).to(args.device)
 
 
-def _steps_of_stream(total_batch: int, args: UniRefinerArguments) -> int:
+def _settle_stream(total_batch: int, args: UniRefinerArguments) -> None:
+    """Give a stream its number of steps; refuse what a stream has no use for."""
+    unread = {
+        "dataloader_drop_last": args.dataloader_drop_last,
+        "dataloader_in_order": not getattr(args, "dataloader_in_order", True),
+        "train_sampling_strategy": args.train_sampling_strategy != "random",
+    }
+    for name, given in unread.items():
+        if given:
+            raise RunError(
+                f"{name} is {getattr(args, name)!r}, and the images are a stream, which has "
+                "no end and an order of its own: leave it out."
+            )
+    if args.max_steps > 0:
+        return
     if args.max_images is None:
         raise RunError(
             "A stream does not tell how long it is: set max_images (with num_train_epochs) "
             "or max_steps."
         )
-    return math.ceil(args.num_train_epochs * args.max_images / total_batch)
+    seen = args.num_train_epochs * args.max_images
+    args.max_steps = math.ceil(seen / total_batch)
 
 
 def _use_one_gpu(args: UniRefinerArguments) -> None:
