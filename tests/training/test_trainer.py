@@ -575,9 +575,13 @@ def test_save_model_replaces_nobodys_folder(trainer, tmp_path):
     strange.mkdir()
     (strange / "thesis.txt").write_text("x")
     made.create_model_card(strange)  # our card does not make the folder ours
-    for folder in (strange, made.folder, made.folder / "checkpoint-1"):
+    for folder, message in (
+        (strange, "is not empty"),
+        (made.folder, "holds the run itself"),
+        (made.folder / "checkpoint-1", "is not empty"),
+    ):
         before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        with pytest.raises(UniRefinerError, match="is not empty"):
+        with pytest.raises(UniRefinerError, match=message):
             made.save_model(folder)
         assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     (tmp_path / "file").write_text("x")
