@@ -294,11 +294,12 @@ def test_options_that_the_images_have_no_use_for_are_refused(
     "option",
     [{"dataloader_drop_last": True}, {"train_sampling_strategy": "sequential"}],
 )
-def test_options_that_a_stream_has_no_use_for_are_refused(
-    trainer, args, table, option
-):
+def test_options_that_a_stream_has_no_use_for_are_refused(trainer, args, table, option):
     with pytest.raises(UniRefinerError, match=f"{next(iter(option))} is .*stream"):
-        trainer(args=args(**option), train_dataset=table.to_iterable_dataset())
+        trainer(
+            args=args(image_column="photo", **option),
+            train_dataset=table.to_iterable_dataset(),
+        )
 
 
 # Models
