@@ -19,7 +19,7 @@ from ..export.run_folder import MERGED, is_run, recorded_method
 from ..loading.backbone import load_processor, normalisation, takes_final_norm
 from ..loading.starter import NAME as STARTER
 from ..loading.starter import starter_tower
-from ..methods.registry import current_name, is_control, title_of
+from ..methods.registry import current_name, guessed_name, is_control, title_of
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.errors import UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
@@ -277,7 +277,7 @@ def load_checkpoint(
     elif folder is not None and method is not None:
         short = title_of(method)
     if method is None and config.model_type == UniRefinerConfig.model_type:
-        method = "ph_reg" if model.config.num_register_tokens else "unirefiner"
+        method = guessed_name(model.config.num_register_tokens)
     mean, std = normalisation(load_processor(location, **options), str(source))
     return Checkpoint(
         name=name or short,
@@ -344,10 +344,8 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
     mean, std = normalisation(processor, "the model in memory")
     config = model.config
     method = _method(config, None)
-    if method is None and config.num_register_tokens:
-        method = "ph_reg"
-    elif method is None and config.register_width:
-        method = "unirefiner"
+    if method is None and (config.num_register_tokens or config.register_width):
+        method = guessed_name(config.num_register_tokens)
     return Checkpoint(
         name=name
         or Path(origin).name

@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
 }
 """Name -> where its settings class is; a method of your own is one more line."""
 
+DEFAULT = "unirefiner"
 OLD_NAMES = {"plain": "distillation"}
 """Names in records and recipes of earlier versions."""
 
@@ -116,6 +117,11 @@ def check_setting(method: type[MethodSettings], name: str) -> None:
 def current_name(name: str) -> str:
     """What a method of a checkpoint or record is called today; others stay as they are."""
     return OLD_NAMES.get(name, name)
+
+
+def guessed_name(num_register_tokens: int) -> str:
+    """The method of a refined checkpoint of a version whose config did not say it."""
+    return "ph_reg" if num_register_tokens else DEFAULT
 
 
 def title_of(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UniRefinerError
-from ..methods.registry import method_settings
+from ..methods.registry import DEFAULT, method_settings
 from ..methods.settings import MethodSettings
 from .arguments import UniRefinerArguments
 from .keywords import ARGUMENTS, settle, split_keywords
@@ -41,7 +41,7 @@ def asked(
                 "args and recipe both say how to run: give one of them, and keywords for "
                 "what differs from the recipe."
             )
-        named = "unirefiner" if method is None else method
+        named = DEFAULT if method is None else method
         copied, settings = settle(args, named, fields)
         return Recipe(None, None, copied, settings, keys=ARGUMENTS)
     if isinstance(recipe, Recipe):

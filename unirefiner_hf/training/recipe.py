@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UniRefinerError
-from ..methods.registry import check_setting, method_named, methods_with, setting_names
+from ..methods.registry import (
+    DEFAULT,
+    check_setting,
+    method_named,
+    methods_with,
+    setting_names,
+)
 from ..methods.settings import MethodSettings
 from ..resources import find_recipe
 from ..results import Result, Table
@@ -120,7 +126,7 @@ def recipe_of_words(
 
 def _method_of(values: Mapping[str, Values]) -> type[MethodSettings]:
     name = _one_word("method", values.get("method"))
-    return method_named("unirefiner" if name is None else name)
+    return method_named(DEFAULT if name is None else name)
 
 
 def _one_word(key: str, words: Values) -> str | None:

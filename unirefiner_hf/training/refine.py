@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..export.run_folder import MERGED, PICTURE
 from ..hub.push import Pushed
 from ..loading.backbone import Model
+from ..methods.registry import DEFAULT
 from ..methods.settings import MethodSettings
 from ..results import Result, Table
 from .arguments import UniRefinerArguments
@@ -149,7 +150,7 @@ def refine(
         model,
         args,
         train_dataset,
-        "unirefiner" if method is None else method,
+        DEFAULT if method is None else method,
         callbacks,
         processing_class=processing_class,
         **fields,
