@@ -18,10 +18,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..data.images import default_reference, denormalise, load_rgb, preprocess
+from ..data.images import denormalise
 from ..data.samples import collate
 from ..data.streams import RefinementStream
-from ..data.unlabelled import open_images, sample_images
+from ..data.unlabelled import sample_images
 from ..errors import UniRefinerError, as_users
 from ..export.card import card_from_record, render_card
 from ..export.checkpoint import is_ours
@@ -41,24 +41,18 @@ from ..export.run_folder import (
     is_run,
     last_checkpoint_step,
     read_record,
-    read_refiner_state,
-    recorded_method,
 )
 from ..hub.push import Pushed, push
-from ..hub.sync import HubSync, fetch_last_checkpoint
+from ..hub.sync import HubSync
 from ..loading.adapter import CheckpointError
-from ..loading.backbone import Backbone, Model
+from ..loading.backbone import Model
 from ..loading.float8 import check_float8, leave_float8
 from ..loading.quantized import check_device
-from ..loading.starter import starter_data
 from ..methods.base import backbone_arguments, check_arguments, load_trainable
-from ..methods.objective import Objective, Surroundings
 from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..outputs import write_json, write_whole
-from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.settings import FilterSettings
-from ..spurious.similarity import gather_tokens
 from .arguments import UniRefinerArguments
 from .before_after import compare, figure
 from .callbacks import GracefulStop, RefinementProgress, Snapshots
@@ -76,18 +70,25 @@ from .distributed import (
 )
 from .keywords import settle
 from .record import finished_record, metrics_of, started_record
+from .start import (
+    RunError,
+    build_objective,
+    check_method,
+    check_together,
+    checkpoint_to_resume,
+    holds_a_run,
+    open_unlabelled,
+    reference_pixels,
+    settle_lazy_channels,
+    settle_stream,
+    use_one_gpu,
+)
 
 logger = logging.get_logger(__name__)
-
-LAZY_IMAGES, LAZY_TOKENS = 64, 128
 
 
 class NonFiniteLossError(UniRefinerError, ArithmeticError):
     """A loss term became NaN or infinite."""
-
-
-class RunError(UniRefinerError):
-    """The run cannot start as asked."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -168,12 +169,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 )
         assert model is not None
         check_arguments(args, settings)
-        _check_together(args)
+        check_together(args)
         check_launch(args.world_size)
-        _use_one_gpu(args)
+        use_one_gpu(args)
         self.settings = settings
-        self.resumed = _checkpoint_to_resume(Path(str(args.output_dir)), args)
-        _check_method(self.resumed, settings)
+        self.resumed = checkpoint_to_resume(Path(str(args.output_dir)), args)
+        check_method(self.resumed, settings)
         wait_for_all()
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
@@ -193,21 +194,21 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 f"The licence of {self.backbone.name} is unknown, and a published model "
                 "needs one: look it up and set model_license."
             )
-        images = _open(train_dataset, self.backbone, args)
+        images = open_unlabelled(train_dataset, self.backbone, args)
         self.report = images.report
         for name, reason in self.report.skipped.items():
             logger.warning(f"Left out {name}: {reason}")
-        self.reference = _reference(self.backbone, args)
-        objective = _objective(self.backbone, settings, self.reference, args)
+        self.reference = reference_pixels(self.backbone, args)
+        objective = build_objective(self.backbone, settings, self.reference, args)
         if args.compile_layers:
             compile_layers(self.backbone.model)
-        self.lazy_channels = _lazy_channels(objective, images, self.resumed)
+        self.lazy_channels = settle_lazy_channels(objective, images, self.resumed)
         self.shown = sample_images(images, args.report_images)
         total_batch = args.train_batch_size * args.gradient_accumulation_steps
         self.total_batch = total_batch * args.world_size
         args.learning_rate = args.scaled_learning_rate(self.total_batch)
         if isinstance(images, RefinementStream):
-            _settle_stream(self.total_batch, args)
+            settle_stream(self.total_batch, args)
 
         self.skipped: dict[str, str] = {}
         self.last_metrics: dict[str, float] = {}
@@ -313,7 +314,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         before = [] if self.resumed is None else [checkpoint_step(self.resumed)]
         filled = is_run(self.folder) and not self.args.resume
         if filled or steps[-1:] != before:
-            raise _holds_a_run(self.folder)
+            raise holds_a_run(self.folder)
         return self.resumed
 
     def _run(self, checkpoint: Path | None) -> TrainOutput:
@@ -633,157 +634,3 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `HubSync` uploads when the checkpoint is whole."""
-
-
-def _check_together(args: UniRefinerArguments) -> None:
-    """Refuse an argument that another one would leave unread."""
-    if args.snapshot_steps and not args.report_images:
-        raise RunError(
-            f"snapshot_steps is {args.snapshot_steps}, and report_images 0: pictures are of "
-            "the images of the report. Set report_images, or leave snapshot_steps out."
-        )
-    if args.final_lr_share is not None and args.warmup_steps:
-        raise RunError(
-            f"warmup_steps is {args.warmup_steps}, which final_lr_share "
-            f"({args.final_lr_share}) does not go with: the rate falls from the first step."
-        )
-
-
-def _open(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
-    return open_images(
-        starter_data(data),
-        image_size=(base.image_size, base.image_size),
-        mean=base.mean,
-        std=base.std,
-        split=args.data_split,
-        config_name=args.data_config,
-        image_column=args.image_column,
-        streaming=args.streaming,
-        max_images=args.max_images,
-        seed=args.seed,
-        process=args.process_index,
-        processes=args.world_size,
-    )
-
-
-def _reference(base: Backbone, args: UniRefinerArguments) -> Tensor:
-    picture = default_reference()
-    if args.reference_image is not None:
-        picture = load_rgb(args.reference_image)
-    size = (base.image_size, base.image_size)
-    return preprocess(picture, size, base.mean, base.std).unsqueeze(0)
-
-
-def _objective(
-    base: Backbone,
-    settings: MethodSettings,
-    reference: Tensor,
-    args: UniRefinerArguments,
-) -> Objective:
-    white = (1 - torch.tensor(base.mean)) / torch.tensor(base.std)
-    given = Surroundings(reference, args.register_factor, white)
-    return settings.objective().build(base.model, settings, given).to(args.device)
-
-
-def _settle_stream(total_batch: int, args: UniRefinerArguments) -> None:
-    """Give a stream its number of steps; refuse what a stream has no use for."""
-    unread = {
-        "dataloader_drop_last": args.dataloader_drop_last,
-        "dataloader_in_order": not getattr(args, "dataloader_in_order", True),
-        "train_sampling_strategy": args.train_sampling_strategy != "random",
-    }
-    for name, given in unread.items():
-        if given:
-            raise RunError(
-                f"{name} is {getattr(args, name)!r}, and the images are a stream, which has "
-                "no end and an order of its own: leave it out."
-            )
-    if args.max_steps > 0:
-        return
-    if args.max_images is None:
-        raise RunError(
-            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
-            "or max_steps."
-        )
-    seen = args.num_train_epochs * args.max_images
-    args.max_steps = math.ceil(seen / total_batch)
-
-
-def _use_one_gpu(args: UniRefinerArguments) -> None:
-    """One process trains on one GPU; Trainer would split its batches over all it sees."""
-    if args.n_gpu > 1:
-        logger.warning(
-            f"{args.n_gpu} GPUs, of which this one process uses one: accelerate launch "
-            "--config_file recipes/accelerate/ddp.yaml uses all."
-        )
-        args._n_gpu = 1
-
-
-def _checkpoint_to_resume(run: Path, args: UniRefinerArguments) -> Path | None:
-    step = last_checkpoint_step(run) if run.is_dir() else None
-    if not args.resume:
-        if step is not None or is_run(run):
-            raise _holds_a_run(run)
-        return None
-    if step is None and args.push_to_hub:
-        with args.main_process_first(desc="fetching the checkpoint"):
-            if args.local_process_index == 0:
-                fetch_last_checkpoint(str(args.hub_model_id), run, args.hub_token)
-        step = last_checkpoint_step(run) if run.is_dir() else None
-    if step is None:
-        logger.warning(f"{run.name} holds no checkpoint: starting at step 0.")
-        return None
-    return run / checkpoint_name(step)
-
-
-def _check_method(checkpoint: Path | None, settings: MethodSettings) -> None:
-    """Refuse to continue a run by another method; adapters of two may fit one backbone."""
-    method = None if checkpoint is None else recorded_method(checkpoint.parent)
-    if method is not None and method != settings.name:
-        raise RunError(
-            f"{checkpoint} is of method {method}, and the method asked for is "
-            f"{settings.name}: continue with that one, or name another output_dir."
-        )
-
-
-def _holds_a_run(run: Path) -> RunError:
-    step = last_checkpoint_step(run)
-    at = f", at {checkpoint_name(step)}" if step is not None else ""
-    return RunError(
-        f"{run} already holds a run{at}: continue it with --resume (resume=True), or name "
-        "another output_dir."
-    )
-
-
-def _lazy_channels(
-    objective: Objective, images: Any, checkpoint: Path | None
-) -> list[int]:
-    """Search once; a resumed run keeps what its checkpoint recorded."""
-    if not objective.looks_for_lazy_channels:
-        return []
-    if checkpoint is not None:
-        channels = read_refiner_state(checkpoint)["lazy_channels"]
-    else:
-        sample = sample_images(images, LAZY_IMAGES)
-        if len(sample) < 2:
-            logger.warning("One image is too few for the lazy-channel search: skipped.")
-            return []
-        found = _search_lazy_channels(objective, sample)
-        channels = found.channels
-        logger.info(f"Lazy channels {channels}: cosines {found.unrelated_cosine}.")
-    hidden = objective.channel_mask.numel()
-    mask = LazyChannels(channels, [], "").mask(hidden)
-    objective.set_channel_mask(mask.to(objective.channel_mask))
-    return channels
-
-
-def _search_lazy_channels(objective: Objective, images: list[Tensor]) -> LazyChannels:
-    """Up to 128 teacher tokens of each image, drawn by a generator of its own."""
-    generator = torch.Generator().manual_seed(0)
-    bank = []
-    for pixels in images:
-        tokens = objective.teacher_tokens(pixels.unsqueeze(0)).float().cpu()
-        count = min(LAZY_TOKENS, tokens.shape[1])
-        index = torch.randperm(tokens.shape[1], generator=generator)[:count]
-        bank.append(gather_tokens(tokens, index.unsqueeze(0)))
-    return find_lazy_channels(torch.cat(bank))

@@ -1,0 +1,198 @@
+"""What happens before the first step: checks, images, objective, lazy channels."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..data.images import default_reference, load_rgb, preprocess
+from ..data.unlabelled import open_images, sample_images
+from ..export.run_folder import (
+    checkpoint_name,
+    is_run,
+    last_checkpoint_step,
+    read_refiner_state,
+    recorded_method,
+)
+from ..hub.sync import fetch_last_checkpoint
+from ..loading.backbone import Backbone
+from ..loading.starter import starter_data
+from ..methods.objective import Objective, Surroundings
+from ..methods.settings import MethodSettings
+from ..modeling.errors import UniRefinerError
+from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
+from ..spurious.similarity import gather_tokens
+from .arguments import UniRefinerArguments
+
+logger = logging.get_logger(__name__)
+
+LAZY_IMAGES, LAZY_TOKENS = 64, 128
+"""Images of the search, and tokens of each."""
+
+
+class RunError(UniRefinerError):
+    """The run cannot start as asked."""
+
+
+def check_together(args: UniRefinerArguments) -> None:
+    """Refuse an argument that another one would leave unread."""
+    if args.snapshot_steps and not args.report_images:
+        raise RunError(
+            f"snapshot_steps is {args.snapshot_steps}, and report_images 0: pictures are of "
+            "the images of the report. Set report_images, or leave snapshot_steps out."
+        )
+    if args.final_lr_share is not None and args.warmup_steps:
+        raise RunError(
+            f"warmup_steps is {args.warmup_steps}, which final_lr_share "
+            f"({args.final_lr_share}) does not go with: the rate falls from the first step."
+        )
+
+
+def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
+    """The training images at the backbone's size and normalisation."""
+    return open_images(
+        starter_data(data),
+        image_size=(base.image_size, base.image_size),
+        mean=base.mean,
+        std=base.std,
+        split=args.data_split,
+        config_name=args.data_config,
+        image_column=args.image_column,
+        streaming=args.streaming,
+        max_images=args.max_images,
+        seed=args.seed,
+        process=args.process_index,
+        processes=args.world_size,
+    )
+
+
+def reference_pixels(base: Backbone, args: UniRefinerArguments) -> Tensor:
+    """The unrelated reference image, ``(1, 3, height, width)``, normalised."""
+    picture = default_reference()
+    if args.reference_image is not None:
+        picture = load_rgb(args.reference_image)
+    size = (base.image_size, base.image_size)
+    return preprocess(picture, size, base.mean, base.std).unsqueeze(0)
+
+
+def build_objective(
+    base: Backbone,
+    settings: MethodSettings,
+    reference: Tensor,
+    args: UniRefinerArguments,
+) -> Objective:
+    """The objective of the run, on its device."""
+    white = (1 - torch.tensor(base.mean)) / torch.tensor(base.std)
+    given = Surroundings(reference, args.register_factor, white)
+    return settings.objective().build(base.model, settings, given).to(args.device)
+
+
+def settle_stream(total_batch: int, args: UniRefinerArguments) -> None:
+    """Give a stream its number of steps; refuse what a stream has no use for."""
+    unread = {
+        "dataloader_drop_last": args.dataloader_drop_last,
+        "dataloader_in_order": not getattr(args, "dataloader_in_order", True),
+        "train_sampling_strategy": args.train_sampling_strategy != "random",
+    }
+    for name, given in unread.items():
+        if given:
+            raise RunError(
+                f"{name} is {getattr(args, name)!r}, and the images are a stream, which has "
+                "no end and an order of its own: leave it out."
+            )
+    if args.max_steps > 0:
+        return
+    if args.max_images is None:
+        raise RunError(
+            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
+            "or max_steps."
+        )
+    seen = args.num_train_epochs * args.max_images
+    args.max_steps = math.ceil(seen / total_batch)
+
+
+def use_one_gpu(args: UniRefinerArguments) -> None:
+    """One process trains on one GPU; Trainer would split its batches over all it sees."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs, of which this one process uses one: accelerate launch "
+            "--config_file recipes/accelerate/ddp.yaml uses all."
+        )
+        args._n_gpu = 1
+
+
+def checkpoint_to_resume(run: Path, args: UniRefinerArguments) -> Path | None:
+    """The checkpoint to go on from; refuses a folder with a run that is not to go on."""
+    step = last_checkpoint_step(run) if run.is_dir() else None
+    if not args.resume:
+        if step is not None or is_run(run):
+            raise holds_a_run(run)
+        return None
+    if step is None and args.push_to_hub:
+        with args.main_process_first(desc="fetching the checkpoint"):
+            if args.local_process_index == 0:
+                fetch_last_checkpoint(str(args.hub_model_id), run, args.hub_token)
+        step = last_checkpoint_step(run) if run.is_dir() else None
+    if step is None:
+        logger.warning(f"{run.name} holds no checkpoint: starting at step 0.")
+        return None
+    return run / checkpoint_name(step)
+
+
+def check_method(checkpoint: Path | None, settings: MethodSettings) -> None:
+    """Refuse to continue a run by another method; adapters of two may fit one backbone."""
+    method = None if checkpoint is None else recorded_method(checkpoint.parent)
+    if method is not None and method != settings.name:
+        raise RunError(
+            f"{checkpoint} is of method {method}, and the method asked for is "
+            f"{settings.name}: continue with that one, or name another output_dir."
+        )
+
+
+def holds_a_run(run: Path) -> RunError:
+    """What to say of a folder that is taken."""
+    step = last_checkpoint_step(run)
+    at = f", at {checkpoint_name(step)}" if step is not None else ""
+    return RunError(
+        f"{run} already holds a run{at}: continue it with --resume (resume=True), or name "
+        "another output_dir."
+    )
+
+
+def settle_lazy_channels(
+    objective: Objective, images: Any, checkpoint: Path | None
+) -> list[int]:
+    """Search once; a resumed run keeps what its checkpoint recorded."""
+    if not objective.looks_for_lazy_channels:
+        return []
+    if checkpoint is not None:
+        channels = read_refiner_state(checkpoint)["lazy_channels"]
+    else:
+        sample = sample_images(images, LAZY_IMAGES)
+        if len(sample) < 2:
+            logger.warning("One image is too few for the lazy-channel search: skipped.")
+            return []
+        found = _search_lazy_channels(objective, sample)
+        channels = found.channels
+        logger.info(f"Lazy channels {channels}: cosines {found.unrelated_cosine}.")
+    hidden = objective.channel_mask.numel()
+    mask = LazyChannels(channels, [], "").mask(hidden)
+    objective.set_channel_mask(mask.to(objective.channel_mask))
+    return channels
+
+
+def _search_lazy_channels(objective: Objective, images: list[Tensor]) -> LazyChannels:
+    """Up to 128 teacher tokens of each image, drawn by a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    bank = []
+    for pixels in images:
+        tokens = objective.teacher_tokens(pixels.unsqueeze(0)).float().cpu()
+        count = min(LAZY_TOKENS, tokens.shape[1])
+        index = torch.randperm(tokens.shape[1], generator=generator)[:count]
+        bank.append(gather_tokens(tokens, index.unsqueeze(0)))
+    return find_lazy_channels(torch.cat(bank))
