@@ -6,8 +6,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
-from unirefiner_hf import UniRefinerBackbone, UniRefinerModel
-from unirefiner_hf import UniRefinerError
+from unirefiner_hf import UniRefinerBackbone, UniRefinerError, UniRefinerModel
 from unirefiner_hf.export.onnx import ONE_BATCH, ONE_SHAPE, export_onnx, export_program
 
 # One of each kind of position: bicubic, antialiased, rotary, resized by the tower, by us.

@@ -6,15 +6,18 @@ import json
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from tqdm.auto import tqdm
 
 from tests.cli.conftest import Made
+from tests.export.conftest import make_record
 from unirefiner_hf.cli import main
 from unirefiner_hf.cli.output import glued
 from unirefiner_hf.resources import recipe_names
 from unirefiner_hf.training import refine as refine_module
+from unirefiner_hf.training.refine import Refined
 
 RUN = ["refine", "--model", "a", "--data", "b", "--output-dir", "c"]
 
@@ -57,10 +60,23 @@ def test_json_goes_to_a_file_beside_the_text(refined, tmp_path, capsys):
         assert capsys.readouterr().out == f"{Made()}\n"
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(refined, capsys):
-    assert main([*RUN, "--json", "/nowhere/result.json"]) == 2
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    refined, capsys, option
+):
+    assert main([*RUN, option, "/nowhere/result.json"]) == 2
     assert "there is no folder /nowhere" in capsys.readouterr().err
     assert refined == []
+
+
+def test_every_result_is_a_page_where_one_is_asked_for(tmp_path, monkeypatch, capsys):
+    refined = Refined(Path("runs/mine"), make_record())
+    monkeypatch.setattr("unirefiner_hf.cli.refine.run", lambda _: refined)
+    file = tmp_path / "page.html"
+    assert main([*RUN, "--html", str(file)]) == 0
+    assert refined.title in file.read_text() and "loss_uni" in file.read_text()
+    assert main(["recipes", "--html", str(tmp_path / "none.html")]) == 2
+    assert "makes no page" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("default")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import positive
+from .options import add_place, positive
 
 if TYPE_CHECKING:
     from ..evaluation.compare import FeatureComparison
@@ -52,15 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images to compare, evenly spaced in the folder (default: 8)",
     )
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with pictures there"
-    )
-    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run a model repository's own code",
-    )
+    add_place(parser)
 
 
 def _place(word: str) -> tuple[float, float]:
@@ -83,11 +75,8 @@ def run(arguments: argparse.Namespace) -> FeatureComparison:
         UniRefinerError: images, a place or checkpoints that do not fit.
     """
     from ..evaluation.compare import compare
-    from ..outputs import check_file
 
-    if arguments.html is not None:
-        check_file(arguments.html)
-    found = compare(
+    return compare(
         arguments.a,
         arguments.b,
         arguments.images,
@@ -97,6 +86,3 @@ def run(arguments: argparse.Namespace) -> FeatureComparison:
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
-    if arguments.html is not None:
-        found.save_html(arguments.html)
-    return found

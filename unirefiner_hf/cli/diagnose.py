@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import positive
+from .options import add_place, positive
 
 if TYPE_CHECKING:
     from ..evaluation.diagnose import Diagnoses
@@ -62,18 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="tell spurious tokens by each model's own thresholds",
     )
-    parser.add_argument(
-        "--html",
-        type=Path,
-        metavar="FILE",
-        help="write a page with pictures there, too",
-    )
-    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run a model repository's own code",
-    )
+    add_place(parser)
 
 
 def run(arguments: argparse.Namespace) -> Diagnoses:
@@ -83,11 +72,8 @@ def run(arguments: argparse.Namespace) -> Diagnoses:
         UniRefinerError: images, labels or checkpoints that do not fit.
     """
     from ..evaluation.diagnose import diagnose
-    from ..outputs import check_file
 
-    if arguments.html is not None:
-        check_file(arguments.html)
-    found = diagnose(
+    return diagnose(
         arguments.checkpoints,
         arguments.images,
         size=arguments.size,
@@ -98,6 +84,3 @@ def run(arguments: argparse.Namespace) -> Diagnoses:
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
     )
-    if arguments.html is not None:
-        found.save_html(arguments.html)
-    return found

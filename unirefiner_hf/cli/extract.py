@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import positive
+from .options import add_place, positive
 
 if TYPE_CHECKING:
     from ..evaluation.extract import Features
@@ -72,12 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace features that this command wrote",
     )
-    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run a model repository's own code",
-    )
+    add_place(parser)
 
 
 def run(arguments: argparse.Namespace) -> Features:

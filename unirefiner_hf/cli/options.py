@@ -117,6 +117,16 @@ def add_options(
         )
 
 
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options of where and how its models run."""
+    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run a model repository's own code",
+    )
+
+
 def positive(word: str) -> int:
     """The type of an option that is 1 or more.
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, Protocol
 
 from ..outputs import check_file, write_json
+from .parser import UsageError
 
 STDOUT = "-"
 
@@ -35,6 +36,9 @@ def add_output_options(
         const=STDOUT,
         metavar="FILE.json",
         help="print the result as JSON alone, or write it to this file, too",
+    )
+    group.add_argument(
+        "--html", metavar="FILE", help="write the result as a page there, too"
     )
     group.add_argument(
         "--quiet",
@@ -70,8 +74,10 @@ def as_asked(arguments: argparse.Namespace) -> Iterator[None]:
     """Run a command: only its result may reach stdout where JSON or quiet is asked for.
 
     Raises:
-        OutputError: the file for JSON cannot be written.
+        OutputError: a file that is asked for cannot be written.
     """
+    if arguments.html is not None:
+        check_file(arguments.html)
     if arguments.json not in (None, STDOUT):
         check_file(arguments.json)
     if arguments.quiet:
@@ -110,7 +116,11 @@ def _silence() -> Iterator[None]:
 
 
 def tell(result: Told, arguments: argparse.Namespace) -> None:
-    """Print a result, or where it is, and write its JSON."""
+    """Print a result, or where it is, and write its page and its JSON."""
+    if arguments.html is not None:
+        if not hasattr(result, "save_html"):
+            raise UsageError("--html: the result of this command makes no page.")
+        result.save_html(arguments.html)
     if arguments.json == STDOUT:
         print(json.dumps(result.to_dict(), indent=2))
         return

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ANY_OPTION = True
 """Options of the Trainer are known when it is imported, which --help does not."""
-OWN = ("config", "json", "quiet", "traceback", "words", "parser")
+OWN = ("config", "json", "html", "quiet", "traceback", "words", "parser")
 """What is not a key of a recipe."""
 
 PLACES = {
