@@ -16,13 +16,12 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from unirefiner_hf import UniRefinerError, UniRefinerSettings, load_recipe
-from unirefiner_hf.data.images import ImageError, list_images, load_rgb
+from unirefiner_hf.cli.options import positive
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
+from unirefiner_hf.evaluation.inputs import load_pictures
 
-from .options import positive
 from .planting.agreement import measure_truth
 from .planting.report import plot_truth, truth_table
 
@@ -46,19 +45,6 @@ def filters_of(recipe: str) -> UniRefinerSettings:
     return settings
 
 
-def read_images(folder: Path, most: int) -> tuple[list[Image.Image], list[str]]:
-    """Images evenly spaced in a folder, and why others of them were left out."""
-    paths = list_images(folder)
-    count = min(most, len(paths))
-    images, skipped = [], []
-    for index in range(count):
-        try:
-            images.append(load_rgb(paths[index * len(paths) // count]))
-        except ImageError as problem:
-            skipped.append(str(problem))
-    return images, skipped
-
-
 def run(options: argparse.Namespace) -> None:
     """Measure, print, write and draw.
 
@@ -67,7 +53,8 @@ def run(options: argparse.Namespace) -> None:
         ValueError, OSError: a backbone or a file that cannot be read.
     """
     settings = None if options.recipe is None else filters_of(options.recipe)
-    images, skipped = read_images(options.images, options.max_images)
+    pictures = load_pictures(options.images, options.max_images)
+    images, skipped = pictures.images, list(pictures.skipped.values())
     backbone = load_checkpoint(
         options.backbone,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),

@@ -29,11 +29,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from unirefiner_hf.cli.options import positive
 from unirefiner_hf.data.images import list_images, load_rgb, preprocess
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.loading.lora import lora_targets
 
-from .options import positive
 from .planting.planted import (
     MEASURES,
     RULE_FILE,

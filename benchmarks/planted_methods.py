@@ -30,6 +30,7 @@ from transformers import AutoImageProcessor
 
 from examples.stampscenes.build import APT, build
 from unirefiner_hf import UniRefinerError, load_recipe, refine
+from unirefiner_hf.cli.options import positive
 from unirefiner_hf.data.labelled import class_labels
 from unirefiner_hf.evaluation.arguments import EvaluationArguments
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
@@ -41,7 +42,6 @@ from unirefiner_hf.evaluation.tasks import open_splits
 from unirefiner_hf.loading.starter import NAME, starter_tower
 from unirefiner_hf.methods.registry import method_named, setting_names
 
-from .options import positive
 from .planting.planted import ADAPTER_WEIGHTS, dirty_checkpoint, load_rule
 
 CLEAN, DIRTY = "clean", "dirty"

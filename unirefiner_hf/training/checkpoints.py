@@ -44,11 +44,14 @@ class RefinementCheckpoints(Trainer):
         lazy_channels: channels left out of cosines, kept in every checkpoint.
         skipped: name -> reason of the images that could not be used.
         last_metrics: name -> last logged value of the loss and its parts.
+        objective_type: class of the objective, which names its metrics; `refiner` walks
+            through the model, too dear for every step.
     """
 
     lazy_channels: list[int]
     skipped: dict[str, str]
     last_metrics: dict[str, float]
+    objective_type: type[Objective]
     _is_staging = False
     _is_wrapped = False
 
@@ -86,7 +89,7 @@ class RefinementCheckpoints(Trainer):
         self.skipped.update(read_refiner_state(folder)["skipped"])
         self.state = state
         for entry in state.log_history:
-            names = ("loss", *self.refiner.METRICS)
+            names = ("loss", *self.objective_type.METRICS)
             found = {k: v for k, v in entry.items() if k in names}
             self.last_metrics.update(found)
         return True

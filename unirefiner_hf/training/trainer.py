@@ -215,6 +215,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._drawn = (-1, 0)
         self._started = False
+        self.objective_type = type(objective)
         with as_users("arguments of the run"):
             super().__init__(
                 model=objective,
@@ -515,7 +516,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         progress = self.state.global_step / max(1, self.state.max_steps)
         outputs = model(pixel_values=inputs["pixel_values"], progress=progress)
         self._stop_unless_finite(outputs)
-        for name in self.refiner.METRICS:
+        for name in self.objective_type.METRICS:
             if name in outputs:
                 total, count = self._sums.get(name, (0.0, 0))
                 self._sums[name] = (total + outputs[name].detach().float(), count + 1)
@@ -568,7 +569,11 @@ class UniRefinerTrainer(RefinementCheckpoints):
         torch.manual_seed(batch_seed(args.seed, place))
 
     def _stop_unless_finite(self, outputs: dict[str, Tensor]) -> None:
-        names = [name for name in ("loss", *self.refiner.LOSS_TERMS) if name in outputs]
+        names = [
+            name
+            for name in ("loss", *self.objective_type.LOSS_TERMS)
+            if name in outputs
+        ]
         values = torch.stack([outputs[name].detach().float() for name in names])
         finite = bool(torch.isfinite(values).all())
         if not highest(int(not finite), values.device):
@@ -598,7 +603,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self.last_metrics.update(
             (name, value)
             for name, value in logs.items()
-            if name in ("loss", *self.refiner.METRICS)
+            if name in ("loss", *self.objective_type.METRICS)
         )
         super().log(logs, start_time)
 
