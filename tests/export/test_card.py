@@ -59,7 +59,7 @@ EVALUATION = {
 
 def render(pictures=(), native=False, weights=WEIGHTS, evaluations=(), **changes):
     card = card_from_record(make_record(**changes), evaluations)
-    return render_card(card, pictures, native=native, weights=weights)
+    return render_card(card, pictures, native=native, files=weights)
 
 
 def header(text):

@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 
 from ..export.card import own_metadata
-from ..export.digests import is_of_training, sha256
+from ..export.digests import sha256
+from ..export.model_files import is_of_training
 from ..export.run_folder import CHECKPOINT, LAST, as_path
 from ..results import Result, Table
 from .client import HubError, check_repo_id, explained, with_retries

@@ -24,7 +24,6 @@ from ..data.streams import RefinementStream
 from ..data.unlabelled import sample_images
 from ..errors import UniRefinerError, as_users
 from ..export.card import card_from_record, render_card
-from ..export.checkpoint import is_ours
 from ..export.merge import Merged, merge
 from ..export.run_folder import (
     ADAPTER,
@@ -424,9 +423,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if self.is_world_process_zero():
             load_whole()
             folder = Path(output_dir) if output_dir else self.folder / MERGED
-            merged = merge(
-                self.folder, folder, overwrite=is_ours(folder), **self._source()
-            )
+            merged = merge(self.folder, folder, overwrite=True, **self._source())
             logger.info(f"The refined model is in {folder}.")
         wait_for_all()
         return merged
