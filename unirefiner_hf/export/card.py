@@ -24,8 +24,8 @@ TEMPLATE = "card.md.jinja"
 METADATA = "unirefiner"
 """Key of the card's metadata that says what wrote it and what its files must be.
 
-``weights`` and, since 0.1.0's successor, ``files``: name -> sha256 of the weight files and of
-everything else that can change what the model gives.
+``weights`` and ``files``: name -> sha256 of the weight files, and of every other file that can
+change what the model gives; cards of earlier versions lack the second.
 """
 SHARES = {
     "fpgp": "fixed pattern or global proxy (FP-GP)",

@@ -20,9 +20,10 @@ from ..loading.adapter import is_adapted, merge_adapter, save_adapter
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
+from ..outputs import whole_folder
 from .card import CardData, render_card
 from .digests import digests
-from .result_folder import ExportError, check_target, draft_of, put_in_place
+from .result_folder import ExportError, check_target
 from .run_folder import ADAPTER, CARD
 
 SHARD_SIZE = "5GB"
@@ -66,9 +67,10 @@ def export_refined(
 
     Weights as safetensors, a config that says the method, image processor, the adapter
     alone in ``adapter/``, a model card with the sha256 of every file that can change what
-    the model gives, and the model's own code, so that it loads with ``trust_remote_code=True`` where this package is not
-    installed. The text encoder of a dual encoder goes into ``text/`` as it is, in its own
-    dtype: loading the model does not fetch it, so it costs nobody who does not want it.
+    the model gives, and the model's own code, so that it loads with
+    ``trust_remote_code=True`` where this package is not installed. The text encoder of a
+    dual encoder goes into ``text/`` as it is, in its own dtype: loading the model does not
+    fetch it, so it costs nobody who does not want it.
 
     Args:
         model: the refined model; its adapter is merged in place.
@@ -86,9 +88,9 @@ def export_refined(
 
     Raises:
         ExportError: `image_size` is not a multiple of the patch size, a folder that is not
-            ours to replace (see `check_target`), writing failed (a full disk), a `dtype` or `max_shard_size` that there is
-            not, or `native` is asked of a model with register tokens, which the bare
-            backbone has no place for.
+            ours to replace (see `check_target`), writing failed (a full disk), a `dtype` or
+            `max_shard_size` that there is not, or `native` is asked of a model with register
+            tokens, which the bare backbone has no place for.
     """
     if native and model.config.num_register_tokens:
         raise ExportError(
@@ -106,41 +108,36 @@ def export_refined(
             f"{model.patch_size}."
         )
     folder = check_target(folder, overwrite=overwrite)
-    draft: Path | None = None
     try:
-        draft = draft_of(folder)
-        if is_adapted(model):
-            save_adapter(model, draft / ADAPTER)
-        merge_adapter(model, dtype)
-        model.config.method = card.method.name
-        saved = model.tower if native else model
-        for config in (model.config, model.tower.config):
-            config._name_or_path = ""
-        saved.save_pretrained(draft, max_shard_size=max_shard_size)
-        if not native:
-            save_remote_code(draft)
-            if text_side is not None:
-                text_side.save(draft, max_shard_size=max_shard_size)
-        resized_processor(image_processor, image_size).save_pretrained(draft)
-        for name, image in (images or {}).items():
-            image.save(draft / name)
-        for name, content in (results or {}).items():
-            (draft / name).write_bytes(content)
-        pictures = sorted(images or {})
-        text = render_card(card, pictures, native=native, files=digests(draft))
-        (draft / CARD).write_text(text, encoding="utf-8")
-        for weights in draft.rglob("*.safetensors"):
-            # safetensors 0.8 writes them for their owner alone.
-            shutil.copymode(draft / CARD, weights)
-        put_in_place(draft, folder)
+        with whole_folder(folder) as draft:
+            if is_adapted(model):
+                save_adapter(model, draft / ADAPTER)
+            merge_adapter(model, dtype)
+            model.config.method = card.method.name
+            saved = model.tower if native else model
+            for config in (model.config, model.tower.config):
+                config._name_or_path = ""
+            saved.save_pretrained(draft, max_shard_size=max_shard_size)
+            if not native:
+                save_remote_code(draft)
+                if text_side is not None:
+                    text_side.save(draft, max_shard_size=max_shard_size)
+            resized_processor(image_processor, image_size).save_pretrained(draft)
+            for name, image in (images or {}).items():
+                image.save(draft / name)
+            for name, content in (results or {}).items():
+                (draft / name).write_bytes(content)
+            pictures = sorted(images or {})
+            text = render_card(card, pictures, native=native, files=digests(draft))
+            (draft / CARD).write_text(text, encoding="utf-8")
+            for weights in draft.rglob("*.safetensors"):
+                # safetensors 0.8 writes them for their owner alone.
+                shutil.copymode(draft / CARD, weights)
     except (OSError, SafetensorError) as problem:
         raise ExportError(
             f"{folder.name} could not be written: {problem}. Free space or choose another "
             "folder, then merge again; the adapter is unharmed."
         ) from problem
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

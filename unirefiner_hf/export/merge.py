@@ -20,7 +20,8 @@ from ..methods.base import load_trainable
 from ..results import Result, Table
 from .card import card_from_record
 from .checkpoint import SHARD_SIZE, export_refined, weight_dtype
-from .result_folder import ExportError, check_target
+from .holding import holding
+from .result_folder import ExportError, check_target, folder_of
 from .run_folder import (
     EVALUATION,
     RECORD,
@@ -123,29 +124,31 @@ def merge(
             adapter does not fit it.
         ExportError: a border for a method that has none, a text encoder in a native export,
             an output that holds the run or its base; or see `export_refined`.
+        HeldError: another command is at work in the run.
     """
     found = read_run(run)
     dtype = weight_dtype(dtype)
     output = check_output(found, output, model, overwrite=overwrite)
-    base = load_refined(
-        found,
-        model,
-        model_license,
-        register_width,
-        keeps_text(keep_text, native=native),
-        processing_class,
-        trust_remote_code,
-    )
-    folder = export_run(
-        found,
-        base,
-        output,
-        dtype=dtype,
-        native=native,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        pictures=pictures,
-    )
+    with holding(found.folder, "merge"):
+        base = load_refined(
+            found,
+            model,
+            model_license,
+            register_width,
+            keeps_text(keep_text, native=native),
+            processing_class,
+            trust_remote_code,
+        )
+        folder = export_run(
+            found,
+            base,
+            output,
+            dtype=dtype,
+            native=native,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            pictures=pictures,
+        )
     return written_checkpoint(folder, base, native=native)
 
 
@@ -175,19 +178,11 @@ def check_output(
     Raises:
         ExportError: it holds the run, its adapter or its base, or what we did not write.
     """
-    keep = {"the run itself": run.adapter, "its record": run.adapter.parent / RECORD}
-    base = _folder_of(run.record["model"]["base"] if model is None else model)
+    keep = {"the run itself": run.adapter, "its record": run.folder / RECORD}
+    base = folder_of(run.record["model"]["base"] if model is None else model)
     if base is not None:
         keep["the base of the run"] = base
     return check_target(output, keep, overwrite=overwrite)
-
-
-def _folder_of(model: Model) -> Path | None:
-    """Where a model lies on disk, None of one that comes from elsewhere."""
-    named = isinstance(model, (str, Path))
-    name = str(model) if named else str(getattr(model, "name_or_path", ""))
-    folder = Path(name).expanduser()
-    return folder if name and folder.is_dir() else None
 
 
 def written_checkpoint(folder: Path, base: Backbone, *, native: bool = False) -> Merged:

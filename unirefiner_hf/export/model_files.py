@@ -9,7 +9,18 @@ from pathlib import Path, PurePosixPath
 from ..loading import adapter as adapter_files
 from ..modeling.remote_code import CODE_FILES
 from ..modeling.text_side import TEXT
-from .run_folder import ADAPTER, CARD, CHECKPOINT, EVALUATION, LAST, PICTURE, RECORD
+from .run_folder import (
+    ADAPTER,
+    CARD,
+    CHECKPOINT,
+    EVALUATION,
+    LAST,
+    METRICS,
+    PICTURE,
+    RECORD,
+    REFINER_STATE,
+    TRAINER_STATE,
+)
 
 EARLIER_CODE = ("configuration_intern_vit.py", "modeling_intern_vit.py")
 """Files of code that earlier versions put beside the weights."""
@@ -37,6 +48,15 @@ _CHANGING = (
     *PICKLED,
 )
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib")
+
+
+_RECORDS = (METRICS, TRAINER_STATE, REFINER_STATE, adapter_files.CONFIG, "index.json")
+
+
+def is_part(file: Path) -> bool:
+    """Whether a file that is there belongs to a run, a model or a folder of features."""
+    known = is_written(file.name) or file.name in _RECORDS
+    return file.exists() and (known or file.suffix == ".safetensors")
 
 
 def is_of_training(name: str) -> bool:

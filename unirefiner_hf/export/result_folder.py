@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..modeling.errors import UniRefinerError
 from .card import own_metadata
 from .model_files import files_of, is_written
-from .run_folder import RECORD, as_path, is_run
+from .run_folder import (
+    ADAPTER,
+    MERGED,
+    METRICS,
+    PICTURE,
+    PUBLISHED,
+    RECORD,
+    as_path,
+    is_run,
+)
 
 
 class ExportError(UniRefinerError, RuntimeError):
@@ -102,36 +111,91 @@ def holds(folder: Path, place: Path) -> bool:
     )
 
 
-def draft_of(folder: Path) -> Path:
-    """An empty folder beside the one it is to replace; see `put_in_place`."""
-    aside = _aside(folder)
-    if aside.is_dir() and not folder.exists():
-        os.replace(aside, folder)  # a replacement was cut short
-    draft = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    return draft
+def check_run_folder(run: Path, base: Path | None) -> None:
+    """Refuse a folder in which a run would write over what is not its own.
+
+    Args:
+        base: where the backbone lies; None where it comes from elsewhere.
+
+    Raises:
+        ExportError: the folder is the base's, or holds files of the names a run gives.
+    """
+    if base is not None and run.exists() and run.samefile(base):
+        raise ExportError(
+            f"output_dir is {run}, the folder of the base itself: name another folder."
+        )
+    keep = {} if base is None else {"the base of the run": base}
+    check_target(run / MERGED, keep, overwrite=True)
+    if is_run(run):
+        return
+    for name in (ADAPTER, MERGED, PUBLISHED, METRICS, PICTURE):
+        place = run / name
+        if place.is_file() or (place.is_dir() and any(place.iterdir())):
+            raise ExportError(
+                f"{run} holds {name}, and no run: a run would write over it. Name another "
+                "output_dir, or move it away."
+            )
 
 
-def put_in_place(draft: Path, folder: Path) -> None:
-    """Let a draft take its folder's place; at every moment one of the two is on disk."""
-    aside = _aside(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, aside)
-    os.replace(draft, folder)
-    shutil.rmtree(aside, ignore_errors=True)
+def check_results(folder: Path, record: str, others: Sequence[str]) -> Path:
+    """Refuse a folder in which results would write over what is not their own.
+
+    Args:
+        record: the results' own file; where it is there, all of them are ours.
+        others: names of the files beside it.
+
+    Raises:
+        ExportError: a run, a model, or files of these names that are somebody else's.
+    """
+    if is_run(folder) or (folder / "config.json").is_file():
+        raise ExportError(
+            f"{folder} holds a {'run' if is_run(folder) else 'model'}: name a folder of its "
+            "own for the results."
+        )
+    try:
+        told = json.loads((folder / record).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        told = None
+    if isinstance(told, dict) and "checkpoints" in told:
+        return folder
+    taken = [name for name in (record, *others) if (folder / name).exists()]
+    if taken:
+        raise ExportError(
+            f"{folder} holds {taken[0]}, which unirefiner did not write: name another folder, "
+            "or move it away."
+        )
+    return folder
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.replaced")
+def check_card(file: Path) -> Path:
+    """Refuse to write a card over one that somebody else wrote.
+
+    Raises:
+        ExportError: it is another's.
+    """
+    if file.exists() and own_metadata(file.parent) is None:
+        raise ExportError(
+            f"{file} is a card that unirefiner did not write: name another folder, or move "
+            "it away."
+        )
+    return file
+
+
+def folder_of(model: object) -> Path | None:
+    """Where a model, given by name or in memory, lies on disk; None of any other."""
+    named = isinstance(model, (str, Path))
+    name = str(model) if named else str(getattr(model, "name_or_path", "") or "")
+    folder = Path(name).expanduser()
+    return folder if name and folder.is_dir() else None
 
 
 __all__ = [
     "ExportError",
+    "check_card",
+    "check_results",
+    "check_run_folder",
     "check_target",
-    "draft_of",
+    "folder_of",
     "holds",
     "is_ours",
-    "put_in_place",
 ]

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..export.checkpoint import SHARD_SIZE, weight_dtype
+from ..export.holding import holding
 from ..export.merge import check_output, export_run, keeps_text, load_refined
 from ..export.reload_check import ReloadReport, check_reload, encode, example_pixels
 from ..export.run_folder import CARD, PUBLISHED, as_path, read_run
@@ -193,48 +194,53 @@ def push(
         force=force,
     )
 
-    base = load_refined(
-        found,
-        model,
-        model_license,
-        register_width,
-        kept,
-        processing_class,
-        trust_remote_code,
-    )
-    if base.license is None:
-        raise HubError(
-            f"The licence of {base.name} is unknown, and a published model needs one: "
-            "look it up and name it, such as --license apache-2.0."
+    with holding(found.folder, "push"):
+        base = load_refined(
+            found,
+            model,
+            model_license,
+            register_width,
+            kept,
+            processing_class,
+            trust_remote_code,
         )
-    pixels = example_pixels(base)
-    trained = encode(base.model, pixels, native=native)
-    folder = export_run(
-        found,
-        base,
-        folder,
-        repo_id=repo_id,
-        dtype=dtype,
-        native=native,
-        overwrite=True,
-        max_shard_size=max_shard_size,
-        pictures=pictures,
-    )
-    check = check_reload(folder, base, trained, pixels, dtype=dtype, native=native)
-    del base
-    _validate_card(folder)
+        if base.license is None:
+            raise HubError(
+                f"The licence of {base.name} is unknown, and a published model needs one: "
+                "look it up and name it, such as --license apache-2.0."
+            )
+        pixels = example_pixels(base)
+        trained = encode(base.model, pixels, native=native)
+        folder = export_run(
+            found,
+            base,
+            folder,
+            repo_id=repo_id,
+            dtype=dtype,
+            native=native,
+            overwrite=True,
+            max_shard_size=max_shard_size,
+            pictures=pictures,
+        )
+        check = check_reload(folder, base, trained, pixels, dtype=dtype, native=native)
+        del base
+        _validate_card(folder)
 
-    if state is None:
-        create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
-        explained(lambda: with_retries(create), repo_id)
-    left_out = () if pictures else tuple(file.name for file in found.pictures)
+        if state is None:
+            create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+            explained(lambda: with_retries(create), repo_id)
+            state = explained(lambda: _there(api, repo_id), repo_id)
+            if not state.is_empty:
+                raise _changed(repo_id, state)
+        head = state.head
+        left_out = () if pictures else tuple(file.name for file in found.pictures)
 
-    def upload() -> Pushed:
-        if create_pr:
-            return _propose(api, repo_id, folder, check)
-        return _commit(api, repo_id, folder, tag, check, private)
+        def upload() -> Pushed:
+            if create_pr:
+                return _propose(api, repo_id, folder, check)
+            return _commit(api, repo_id, folder, tag, check, private, head)
 
-    return dataclasses.replace(explained(upload, repo_id), left_out=left_out)
+        return dataclasses.replace(explained(upload, repo_id), left_out=left_out)
 
 
 def _commit(
@@ -244,15 +250,19 @@ def _commit(
     tag: str,
     check: ReloadReport,
     private: bool,
+    head: str,
 ) -> Pushed:
     """One commit on main, unless it holds everything; then the tag.
 
     A commit whose answer was lost, or that met another one, is looked at again: if the
     repository holds everything by then, all is well.
+
+    Args:
+        head: commit that was looked at before the folder was built.
     """
     uploaded: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    sent_onto = None
+    sent = False
     while True:
         state = _there(api, repo_id)
         check_private(repo_id, state, private)
@@ -260,14 +270,11 @@ def _commit(
         tagged = _tags(api, repo_id).get(tag)
         if wanted.is_empty:
             break
-        if sent_onto is not None:
-            raise HubError(
-                f"{repo_id} was changed by somebody else during the upload (now at "
-                f"{state.head[:7]}): look at it, then push again."
-            )
+        if sent or state.head != head:
+            raise _changed(repo_id, state)
         if tagged is not None:
             break
-        sent_onto, uploaded, removed = wanted.head, wanted.add, wanted.remove
+        sent, uploaded, removed = True, wanted.add, wanted.remove
         try:
             with_retries(
                 partial(send, api, repo_id, folder, wanted, parent_commit=wanted.head)
@@ -354,6 +361,13 @@ def _proposal(api: HfApi, repo_id: str, folder: Path) -> tuple[str, str] | None:
         if plan(api, repo_id, folder, proposed).is_empty:
             return discussion.url, proposed.head
     return None
+
+
+def _changed(repo_id: str, state: RemoteState) -> HubError:
+    return HubError(
+        f"{repo_id} was changed by somebody else meanwhile (now at {state.head[:7]}): look "
+        "at it, then push again."
+    )
 
 
 def _there(api: HfApi, repo_id: str) -> RemoteState:

@@ -18,6 +18,7 @@ from . import (
     registers,
     towers,
     vit_parts,
+    weight_files,
 )
 from .configuration_eva_clip import EvaClipVisionConfig
 from .configuration_unirefiner import UniRefinerConfig
@@ -38,6 +39,7 @@ FLAT_MODULES = (
     recording,
     registers,
     towers,
+    weight_files,
 )
 """What every checkpoint needs."""
 
