@@ -59,6 +59,7 @@ BRIEF = (
 OUTPUT = (
     *("output_dir", "resume", "logging_steps", "save_steps", "save_total_limit"),
     *("report_to", "snapshot_steps", "report_images", "push_to_hub", "hub_model_id"),
+    "publish_pictures",
 )
 
 

@@ -55,6 +55,11 @@ class RunFolder:
     evaluation: Path | None = None
 
     @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.adapter.parent
+
+    @property
     def settings(self) -> MethodSettings:
         """The method of the run as it was set; older records lack some of it."""
         return recorded_settings(self.record)

@@ -41,6 +41,7 @@ from .towers import (
     tower_inputs,
     translated,
 )
+from .weight_files import SafeWeights
 
 Model = TypeVar("Model", bound="UniRefinerPreTrainedModel")
 
@@ -132,7 +133,7 @@ class _Pass:
         return tuple(m.index_select(-1, kept).index_select(-2, kept) for m in maps)
 
 
-class UniRefinerPreTrainedModel(PreTrainedModel):
+class UniRefinerPreTrainedModel(SafeWeights, PreTrainedModel):
     """A framed tower; what `UniRefinerModel` and `UniRefinerBackbone` share.
 
     Attributes:

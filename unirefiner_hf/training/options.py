@@ -81,6 +81,13 @@ class TrainingOptions:
         default=0,
         metadata={"help": "Steps between PCA pictures in snapshots/. 0: none."},
     )
+    publish_pictures: bool = field(
+        default=False,
+        metadata={
+            "help": "With push_to_hub, publish before_after.png too: it shows images of the "
+            "training set."
+        },
+    )
     resume: bool = field(
         default=False,
         metadata={

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..data.images import default_reference, load_rgb, preprocess
 from ..data.unlabelled import open_images, sample_images
+from ..export.result_folder import check_run_folder, folder_of
 from ..export.run_folder import (
     checkpoint_name,
     is_run,
@@ -19,8 +20,8 @@ from ..export.run_folder import (
     read_refiner_state,
     recorded_method,
 )
-from ..hub.sync import fetch_last_checkpoint
-from ..loading.backbone import Backbone
+from ..hub.sync import check_publication, fetch_last_checkpoint
+from ..loading.backbone import Backbone, Model, public_name
 from ..loading.starter import starter_data
 from ..methods.objective import Objective, Surroundings
 from ..methods.settings import MethodSettings
@@ -51,6 +52,20 @@ def check_together(args: UniRefinerArguments) -> None:
             f"warmup_steps is {args.warmup_steps}, which final_lr_share "
             f"({args.final_lr_share}) does not go with: the rate falls from the first step."
         )
+
+
+def check_places(model: Model, args: UniRefinerArguments) -> None:
+    """Refuse, before anything is loaded, where results could not go at the end.
+
+    Raises:
+        ExportError: the run's folder holds what is not its own; see `check_run_folder`.
+        HubError: the run is to be published and could not be; see `check_publication`.
+    """
+    if args.process_index:
+        return
+    check_run_folder(Path(str(args.output_dir)), folder_of(model))
+    if args.push_to_hub:
+        check_publication(args, public_name(model), resume=args.resume)
 
 
 def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:

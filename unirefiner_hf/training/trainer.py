@@ -24,8 +24,8 @@ from ..data.streams import RefinementStream
 from ..data.unlabelled import sample_images
 from ..errors import UniRefinerError, as_users
 from ..export.card import card_from_record, render_card
-from ..export.checkpoint import is_ours
 from ..export.merge import Merged, merge
+from ..export.result_folder import check_card
 from ..export.run_folder import (
     ADAPTER,
     CARD,
@@ -74,6 +74,7 @@ from .start import (
     RunError,
     build_objective,
     check_method,
+    check_places,
     check_together,
     checkpoint_to_resume,
     holds_a_run,
@@ -172,6 +173,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         check_together(args)
         check_launch(args.world_size)
         use_one_gpu(args)
+        check_places(model, args)
         self.settings = settings
         self.resumed = checkpoint_to_resume(Path(str(args.output_dir)), args)
         check_method(self.resumed, settings)
@@ -424,9 +426,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if self.is_world_process_zero():
             load_whole()
             folder = Path(output_dir) if output_dir else self.folder / MERGED
-            merged = merge(
-                self.folder, folder, overwrite=is_ours(folder), **self._source()
-            )
+            merged = merge(self.folder, folder, overwrite=True, **self._source())
             logger.info(f"The refined model is in {folder}.")
         wait_for_all()
         return merged
@@ -453,6 +453,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             load_whole()
             options.setdefault("private", bool(self.args.hub_private_repo))
             options.setdefault("token", self.args.hub_token)
+            options.setdefault("pictures", self.args.publish_pictures)
             pushed = push(self.folder, repo_id, **{**self._source(), **options})
             logger.info(f"The refined model is at {pushed.url}.")
         wait_for_all()
@@ -469,6 +470,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
         Raises:
             RunError: nothing is trained yet.
+            ExportError: there is another's card.
         """
         self._check_finished("create_model_card")
         folder = self.folder if output_dir is None else Path(output_dir)
@@ -476,7 +478,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             folder.mkdir(parents=True, exist_ok=True)
             shown = [PICTURE] if (folder / PICTURE).is_file() else []
             card = card_from_record(read_record(self.folder), repo_id=repo_id)
-            write_whole(folder / CARD, render_card(card, shown))
+            write_whole(check_card(folder / CARD), render_card(card, shown))
         return folder / CARD
 
     def _check_finished(self, asked: str) -> None:
