@@ -32,12 +32,12 @@ from ..export.run_folder import (
     read_refiner_state,
 )
 from ..loading.starter import NAME as STARTER
-from ..methods.registry import current_name, method_settings, setting_names
+from ..methods.registry import current_name, method_named
 from ..methods.settings import MethodSettings
 from ..modeling.errors import UniRefinerError
 from ..resources import find_recipe
 from .arguments import UniRefinerArguments
-from .fields import Values, read_recipe
+from .fields import Values, read_recipe, to_words
 from .keywords import ARGUMENTS
 from .recipe import Recipe, recipe_of_words
 from .refused import REFUSED
@@ -52,6 +52,11 @@ NOT_KEPT = ("hub_token", "trust_remote_code", "allow_pickled_checkpoint")
 """A secret, and consents: they are given anew, never read from a folder."""
 OF_THE_MACHINE = ("output_dir", "resume", "ddp_backend")
 """Found out anew."""
+NEWER_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Of arguments that transformers takes under two; the newer goes over the older."""
 HARMLESS = frozenset(
     {
         # What is said, and when.
@@ -165,11 +170,7 @@ def differences(
     """
     if before.get("method") != now.get("method"):
         return {"method": (before.get("method"), now.get("method"))}
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(UniRefinerArguments)
-        if field.default is not dataclasses.MISSING
-    }
+    defaults = _defaults(UniRefinerArguments)
     found = {}
     for name, value in now.items():
         recorded = before.get(name, defaults.get(name, value))
@@ -293,25 +294,34 @@ def recipe_of_run(
     target = " ".join(words.pop("output_dir", None) or [str(folder)])
     if Path(target).expanduser().resolve() != folder.resolve():
         raise other_run(folder, {"output_dir": (str(folder), target)})
-    place = {"method": [method], "output_dir": [str(folder)]}
-    typed = recipe_of_words(None, {**words, **place})
-    own = {name: getattr(typed.args, name) for name in typed.keys if name in ARGUMENTS}
-    kind = setting_names(type(typed.method))
-    of_method = {
-        name: getattr(typed.method, name) for name in typed.keys if name in kind
+    place = {"method": [method], "output_dir": [str(folder)], "resume": ["true"]}
+    recorded = _recorded_words(told)
+    for old, new in NEWER_NAMES.items():
+        if old in words:
+            recorded.pop(new, None)
+    return recipe_of_words(None, {**recorded, **words, **place})
+
+
+def _recorded_words(told: Mapping[str, Any]) -> dict[str, Values]:
+    """What was kept as a recipe has it; what is as it would be anyway is left out."""
+    kind = method_named(current_name(told["method"]))
+    known = {**_defaults(UniRefinerArguments), **_defaults(kind)}
+    values = {**told["args"], **told["settings"]}
+    values = {n: v for n, v in values.items() if n in known and v != known[n]}
+    places = {name: told[name] for name in ("model", "data") if told[name] is not None}
+    return {
+        name: to_words(value)
+        for name, value in {**places, **values}.items()
+        if value not in ([], {})
     }
-    kept = {name: v for name, v in told["args"].items() if name in ARGUMENTS}
-    args = UniRefinerArguments(**{**kept, **own, "resume": True})
-    settings = {k: v for k, v in told["settings"].items() if k in kind}
-    return Recipe(
-        model=told["model"] if typed.model is None else typed.model,
-        train_dataset=told["data"]
-        if typed.train_dataset is None
-        else typed.train_dataset,
-        args=args,
-        method=method_settings(method, {**settings, **of_method}),
-        keys=(*dict.fromkeys((*kept, *own, *kind)),),
-    )
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Of a dataclass's fields; None of one that makes its own."""
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind)
+    }
 
 
 def _plain(args: UniRefinerArguments) -> dict[str, Any]:
