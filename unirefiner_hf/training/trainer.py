@@ -70,7 +70,7 @@ from .asked_of_run import (
     recipe_of_run,
 )
 from .before_after import compare, figure
-from .callbacks import GracefulStop, RefinementProgress, Snapshots
+from .callbacks import GracefulStop, RefinementProgress, Snapshots, StepsAsAsked
 from .checkpoints import RefinementCheckpoints
 from .compiled import compile_layers
 from .distributed import (
@@ -299,6 +299,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         args, model = self.args, self.backbone.model
         self.graceful_stop = GracefulStop(lambda n: highest(n, self.args.device))
         self.add_callback(self.graceful_stop)
+        self.add_callback(StepsAsAsked())
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(PrinterCallback if args.disable_tqdm else RefinementProgress)
