@@ -149,7 +149,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     """What a safetensors file holds; nothing else is read."""
     try:
         return load_file(file)
-    except SafetensorError as problem:
+    except (OSError, SafetensorError) as problem:
         raise CheckpointError(
             f"{file} is no whole safetensors file ({problem}): put the file back that the "
             "run wrote."
