@@ -1,13 +1,14 @@
 """Training images from folders, tables and streams."""
 
 import json
+import time
 
 import datasets
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.data.samples import collate
@@ -234,6 +235,29 @@ def test_a_stream_goes_on_in_the_middle(tmp_path, table, workers, picked):
         read(before, stop)
         after.resume(json.loads(json.dumps(before.state())))
         assert torch.equal(read(after, 11 - stop), whole[stop:]), stop
+
+
+def test_readers_of_a_stream_keep_their_passes_apart(tmp_path, table, monkeypatch):
+    """One is in its second pass before the other starts its first."""
+    data = split_into_files(tmp_path, table, 2)
+    announce = datasets.IterableDataset.set_epoch
+
+    def slowly(self, epoch):
+        announce(self, epoch)
+        if get_worker_info() is not None and get_worker_info().id == 1:
+            time.sleep(0.5)
+
+    def read(seen):
+        stream = stream_of(data)
+        stream.endless = True
+        stream.resume({"taken": 0, "rows": {"0": [0, 2]}})
+        loader = DataLoader(stream, batch_size=1, collate_fn=collate, num_workers=2)
+        batches = [batch for batch, _ in zip(loader, range(seen), strict=False)]
+        return [(value_of(b), b["position"].reader) for b in batches]
+
+    expected = read(12)
+    monkeypatch.setattr(datasets.IterableDataset, "set_epoch", slowly)
+    assert read(12) == expected
 
 
 def test_an_endless_stream_without_a_usable_image_ends(tmp_path, table):

@@ -110,13 +110,15 @@ class RefinementStream(IterableDataset):
             object.__setattr__(info, "id", reader)  # datasets shares out by it
         start = self.positions.get(reader, StreamPosition(reader, 0, 0))
         epoch, begin = start.epoch, start.row
+        # A table's epoch lies in memory that all readers share: a copy has one of its own.
+        table = self.table.with_format(None)
         skipped: list[str] = []
         process, processes = self.share
         while True:
             if not self.fixed:
-                self.table.set_epoch(epoch)
+                table.set_epoch(epoch)
             usable = 0
-            for number, row in enumerate(self.table):
+            for number, row in enumerate(table):
                 if number < begin or number % processes != process:
                     continue
                 pixels = self._decode(row, number)
