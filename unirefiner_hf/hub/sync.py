@@ -212,7 +212,8 @@ def fetch_last_checkpoint(
         lambda: snapshot_download(
             repo_id,
             revision=state.head,
-            allow_patterns=[f"{chosen}/*"],
+            # What a checkpoint of ours is made of; a pickle is not fetched.
+            allow_patterns=[f"{chosen}/*.json", f"{chosen}/*.safetensors"],
             local_dir=staging,
             token=token,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ from .distributed import (
     load_whole,
     lost_contact,
     wait_for_all,
+    wait_long_for_all,
 )
 from .keywords import settle
 from .record import finished_record, metrics_of, started_record
+from .split import check_split
 from .start import (
     RunError,
     build_objective,
@@ -175,6 +178,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self.settings = settings
         self.resumed = checkpoint_to_resume(Path(str(args.output_dir)), args)
         check_method(self.resumed, settings)
+        if self.resumed is not None:
+            check_split(self.resumed, args)
         wait_for_all()
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
@@ -204,6 +209,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
             compile_layers(self.backbone.model)
         self.lazy_channels = settle_lazy_channels(objective, images, self.resumed)
         self.shown = sample_images(images, args.report_images)
+        # Each has fetched and read at its own pace.
+        wait_long_for_all()
         total_batch = args.train_batch_size * args.gradient_accumulation_steps
         self.total_batch = total_batch * args.world_size
         args.learning_rate = args.scaled_learning_rate(self.total_batch)
@@ -281,9 +288,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RECORD, {**self.record, "finished": False})
         started = time.monotonic()
-        output = self._run(checkpoint)
-        self._finish(time.monotonic() - started, checkpoint)
-        wait_for_all()
+        with self._naming_the_lost():
+            output = self._run(checkpoint)
+            # One may have uploads to finish.
+            wait_long_for_all()
+            self._finish(time.monotonic() - started, checkpoint)
+            wait_for_all()
         return output
 
     def _checkpoint(self, asked: bool | str | Path | None) -> Path | None:
@@ -324,17 +334,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
         # The order of the images follows the generator, which may have served since.
         set_seed(self.args.seed)
         with self.graceful_stop.watching():
-            try:
-                if checkpoint is not None and self.restore_finished(checkpoint):
-                    step = self.state.global_step
-                    output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
-                else:
-                    resume = str(checkpoint) if checkpoint else None
-                    output = super().train(resume_from_checkpoint=resume)
-            except Exception as problem:
-                if isinstance(problem, CheckpointError) or not lost_contact(problem):
-                    raise
-                raise self._lost(problem) from problem
+            if checkpoint is not None and self.restore_finished(checkpoint):
+                step = self.state.global_step
+                output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
+            else:
+                resume = str(checkpoint) if checkpoint else None
+                output = super().train(resume_from_checkpoint=resume)
         if self.graceful_stop.received is not None:
             name = checkpoint_name(last_checkpoint_step(self.folder) or 0)
             raise Interrupted(
@@ -343,18 +348,33 @@ class UniRefinerTrainer(RefinementCheckpoints):
             )
         return output
 
-    def _lost(self, problem: Exception) -> LostProcessError:
-        step = last_checkpoint_step(self.folder)
-        left = "There is no checkpoint yet."
-        if step is not None:
-            left = f"{checkpoint_name(step)} is left."
-        how = "Start again" if step is None else "Continue with --resume"
-        reason = " ".join(str(problem).split())[:200]
-        return LostProcessError(
-            f"Process {self.args.process_index} lost contact with another after step "
-            f"{self.state.global_step}: it was killed or its machine is gone. {left} {how}, "
-            f"on as many processes. ({reason})"
-        )
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Say of an error in talking to another process what it means, and how to go on.
+
+        Raises:
+            LostProcessError: in its place.
+        """
+        try:
+            yield
+        except Exception as problem:
+            known = isinstance(problem, (CheckpointError, LostProcessError))
+            if known or not lost_contact(problem):
+                raise
+            step = last_checkpoint_step(self.folder)
+            how = "There is no checkpoint yet. Start again with the same command."
+            if step is not None:
+                how = (
+                    f"{checkpoint_name(step)} is left. Continue with the same command and "
+                    "--resume, on as many machines and processes; or on others, with the "
+                    f"accumulation that makes {self.total_batch} images a step."
+                )
+            reason = " ".join(str(problem).split())[:200]
+            raise LostProcessError(
+                f"Process {self.args.process_index} lost contact with another after step "
+                f"{self.state.global_step}: it was killed, or its machine or the link to it "
+                f"is gone. {how} ({reason})"
+            ) from problem
 
     def _finish(self, seconds: float, checkpoint: Path | None) -> None:
         """Adapter, comparison, picture and record.
@@ -428,7 +448,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 self.folder, folder, overwrite=is_ours(folder), **self._source()
             )
             logger.info(f"The refined model is in {folder}.")
-        wait_for_all()
+        wait_long_for_all()
         return merged
 
     def push_to_hub(  # type: ignore[override]
@@ -455,7 +475,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             options.setdefault("token", self.args.hub_token)
             pushed = push(self.folder, repo_id, **{**self._source(), **options})
             logger.info(f"The refined model is at {pushed.url}.")
-        wait_for_all()
+        wait_long_for_all()
         return pushed
 
     def create_model_card(  # type: ignore[override]
@@ -528,6 +548,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if not isinstance(stream, RefinementStream):
             return super().get_train_dataloader()
         stream.endless = True
+        stream.batch = self.args.train_batch_size
         self.args.ignore_data_skip = True
         args = self.args
         workers = min(args.dataloader_num_workers, stream.shards)
