@@ -56,3 +56,17 @@ def test_another_split_sees_the_same_batches(
     undisturbed = adapter(run)
     for name, value in adapter(again).items():
         assert torch.allclose(value, undisturbed[name], atol=1e-3), name
+
+
+def test_a_pickled_state_goes_on_where_it_is_allowed(launch, together, tmp_path):
+    """As earlier versions wrote it under ZeRO; what is refused is in tests/training."""
+    run = launch("zero2", tmp_path / "whole", fault="pickle:0:0")
+    run.finished()
+    assert list(run.folder.rglob("*optim_states.pt"))
+    folder = taken_over(run, tmp_path / "run")
+    allowed = {"resume": "true", "allow_pickled_checkpoint": "true"}
+    again = launch("zero2", folder, **allowed)
+    again.finished()
+    undisturbed = adapter(together("zero2")[0])
+    for name, value in adapter(again).items():
+        assert torch.equal(value, undisturbed[name]), name

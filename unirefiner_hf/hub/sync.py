@@ -32,6 +32,7 @@ from ..export.run_folder import (
     CARD,
     FETCHING,
     LAST,
+    OPTIMIZER_STATE,
     RECORD,
     TRAINER_STATE,
     UPLOADING,
@@ -39,7 +40,7 @@ from ..export.run_folder import (
     checkpoint_step,
 )
 from ..loading import adapter as adapter_files
-from .client import check_ours, remote_state, with_retries
+from .client import HubError, check_ours, remote_state, with_retries
 
 logger = logging.get_logger(__name__)
 
@@ -195,6 +196,9 @@ def fetch_last_checkpoint(
 
     Returns:
         ``checkpoint-N`` in the run's folder, None where the repository holds none.
+
+    Raises:
+        HubError: the optimiser's state there is a pickle, which is not fetched.
     """
     api = HfApi(token=token, library_name="unirefiner_hf")
     state = remote_state(api, repo_id)
@@ -206,6 +210,13 @@ def fetch_last_checkpoint(
     chosen = LAST if LAST in folders else chosen
     if chosen is None or state is None:
         return None
+    if f"{chosen}/{OPTIMIZER_STATE}" not in state.files:
+        raise HubError(
+            f"{chosen} of {repo_id} holds no {OPTIMIZER_STATE}: its optimiser's state is a "
+            "pickle, which can run anything and is not fetched. If it is yours, download "
+            f"the folder to checkpoint-N in {run.name} and set allow_pickled_checkpoint; "
+            "or start in another output_dir."
+        )
     staging = run / FETCHING
     shutil.rmtree(staging, ignore_errors=True)
     with_retries(

@@ -153,7 +153,12 @@ def _check_state(
             "stage since the state is kept by parameter; not FSDP, and no optimiser that "
             "packs weights in blocks."
         )
-    if pickled and not args.allow_pickled_checkpoint:
+    if not pickled:
+        raise CheckpointError(
+            f"The optimiser's state is missing from {checkpoint.name}: copy the files that "
+            f"{kind} wrote there back, or continue from another checkpoint."
+        )
+    if not args.allow_pickled_checkpoint:
         raise CheckpointError(
             f"The optimiser's state in {checkpoint.name} is pickled ({pickled[0]}), and "
             "reading a pickle can run anything that was put into it. If you wrote it "
