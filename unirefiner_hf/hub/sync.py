@@ -34,6 +34,7 @@ from ..export.run_folder import (
     CARD,
     FETCHING,
     LAST,
+    OPTIMIZER_STATE,
     RECORD,
     TRAINER_STATE,
     UPLOADING,
@@ -44,7 +45,15 @@ from ..export.run_folder import (
 )
 from ..loading import adapter as adapter_files
 from .access import check_access, check_private
-from .client import MAIN, HubError, explained, explanation, remote_state, with_retries
+from .client import (
+    MAIN,
+    HubError,
+    RemoteState,
+    explained,
+    explanation,
+    remote_state,
+    with_retries,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -263,19 +272,30 @@ def fetch_last_checkpoint(
 
     Returns:
         ``checkpoint-N`` in the run's folder, None where the repository holds none.
+
+    Raises:
+        HubError: the optimiser's state there is a pickle, which is not fetched.
     """
     api = HfApi(token=token, library_name="unirefiner_hf")
     found = _last_checkpoint(api, repo_id)
     if found is None:
         return None
-    head, chosen = found
+    state, chosen = found
+    if f"{chosen}/{OPTIMIZER_STATE}" not in state.files:
+        raise HubError(
+            f"{chosen} of {repo_id} holds no {OPTIMIZER_STATE}: its optimiser's state is a "
+            "pickle, which can run anything and is not fetched. If it is yours, download "
+            f"the folder to checkpoint-N in {run.name} and set allow_pickled_checkpoint; "
+            "or start in another output_dir."
+        )
     staging = run / FETCHING
     shutil.rmtree(staging, ignore_errors=True)
     with_retries(
         lambda: snapshot_download(
             repo_id,
-            revision=head,
-            allow_patterns=[f"{chosen}/*"],
+            revision=state.head,
+            # What a checkpoint of ours is made of; a pickle is not fetched.
+            allow_patterns=[f"{chosen}/*.json", f"{chosen}/*.safetensors"],
             local_dir=staging,
             token=token,
         )
@@ -288,10 +308,10 @@ def fetch_last_checkpoint(
     return target
 
 
-def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[str, str] | None:
-    """Commit and folder of the newest one; earlier versions left it on the main branch."""
+def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[RemoteState, str] | None:
+    """State and folder of the newest one; earlier versions left it on the main branch."""
 
-    def look() -> tuple[str, str] | None:
+    def look() -> tuple[RemoteState, str] | None:
         if remote_state(api, repo_id) is None:
             return None
         for revision in (BRANCH, MAIN):
@@ -304,7 +324,7 @@ def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[str, str] | None:
             chosen = checkpoint_name(max(steps)) if steps else None
             chosen = LAST if LAST in folders else chosen
             if chosen is not None and state is not None:
-                return state.head, chosen
+                return state, chosen
         return None
 
     return explained(look, repo_id)

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ..data.arguments import DataArguments
 from ..errors import UniRefinerError, as_users, require
 from ..loading.arguments import BackboneArguments
-from .distributed import needs_gloo
+from .distributed import connect_cpus, needs_gloo
 from .options import TrainingOptions
 from .refused import REFUSED
 
@@ -66,6 +66,7 @@ class UniRefinerArguments(  # type: ignore[misc]
             self.dataloader_num_workers = min(4, os.cpu_count() or 1) if gpu else 0
         if self.ddp_backend is None and needs_gloo():
             self.ddp_backend = "gloo"
+        connect_cpus(self.ddp_timeout)
         with as_users("arguments of the run"):
             TrainingArguments.__post_init__(self)
 
@@ -100,6 +101,7 @@ class UniRefinerArguments(  # type: ignore[misc]
             share is None or 0 < share <= 1,
             "in (0, 1], or unset",
         )
+        require(self, "ddp_timeout", self.ddp_timeout >= 1, "1 or more")
         require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")
         require(
             self,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UniRefinerError
+
+PATIENCE = 2 * 3600
+"""Seconds that the others wait for one that loads or publishes."""
+_MEETINGS = itertools.count()
 
 
 class LaunchError(UniRefinerError):
@@ -50,6 +57,18 @@ def needs_gloo() -> bool:
     return announced_processes() > 1 and not torch.cuda.is_available()
 
 
+def connect_cpus(timeout: int) -> None:
+    """Connect DDP's processes on CPUs, where transformers would leave `ddp_timeout` unread.
+
+    Args:
+        timeout: seconds after which a process that does not answer is lost.
+    """
+    on_cpus = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    launched = on_cpus and "MASTER_ADDR" in os.environ and "RANK" in os.environ
+    if needs_gloo() and launched and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+
 def load_whole() -> None:
     """Let the next `from_pretrained` load whole weights under ZeRO-3 as well."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -67,6 +86,33 @@ def wait_for_all() -> None:
     """Go on when every process is here."""
     if is_distributed():
         dist.barrier()
+
+
+def wait_long_for_all() -> None:
+    """Go on when every process is here, though some work alone for long before.
+
+    Loading and publishing may take one process far longer than a step takes all: that must
+    not pass for a lost one, which `ddp_timeout` finds. It asks the launcher's store in
+    place of a collective, so that a store that is gone ends the wait at once.
+
+    Raises:
+        LostProcessError: after `PATIENCE`.
+    """
+    if not is_distributed():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    name = f"unirefiner/meeting/{next(_MEETINGS)}"
+    processes, until = dist.get_world_size(), time.monotonic() + PATIENCE
+    here = int(store.add(name, 1))
+    while here < processes:
+        if time.monotonic() > until:
+            raise LostProcessError(
+                f"{processes - here} of {processes} processes did not come within "
+                f"{PATIENCE // 3600} hours."
+            )
+        time.sleep(0.2)
+        here = int(store.add(name, 0))
+    dist.barrier()
 
 
 def disconnect() -> None:

@@ -84,10 +84,12 @@ from .distributed import (
     lost_contact,
     told_by_first,
     wait_for_all,
+    wait_long_for_all,
 )
 from .fields import to_words
 from .keywords import settle
 from .record import finished_record, metrics_of, started_record
+from .split import check_split
 from .start import (
     RunError,
     build_objective,
@@ -202,6 +204,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if self.resumed is not None:
             check_same(self.resumed, self.asked)
         check_method(self.resumed, settings)
+        if self.resumed is not None:
+            check_split(self.resumed, args)
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
             check_float8(args.device)
@@ -236,6 +240,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
             compile_layers(self.backbone.model)
         self.lazy_channels = settle_lazy_channels(objective, images, self.resumed)
         self.shown = sample_images(images, args.report_images)
+        # Each has fetched and read at its own pace.
+        wait_long_for_all()
         total_batch = args.train_batch_size * args.gradient_accumulation_steps
         self.total_batch = total_batch * args.world_size
         args.learning_rate = args.scaled_learning_rate(self.total_batch)
@@ -350,7 +356,10 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 write_json(self.folder / RECORD, {**self.record, "finished": False})
             self._damaged = ()
             started = time.monotonic()
-            output = self._run(checkpoint)
+            with self._naming_the_lost():
+                output = self._run(checkpoint)
+                # One may have uploads to finish.
+                wait_long_for_all()
             self._finish(time.monotonic() - started, checkpoint)
             wait_for_all()
         return output
@@ -417,17 +426,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
         # The order of the images follows the generator, which may have served since.
         set_seed(self.args.seed)
         with self.graceful_stop.watching():
-            try:
-                if checkpoint is not None and self.restore_finished(checkpoint):
-                    step = self.state.global_step
-                    output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
-                else:
-                    resume = str(checkpoint) if checkpoint else None
-                    output = super().train(resume_from_checkpoint=resume)
-            except Exception as problem:
-                if isinstance(problem, CheckpointError) or not lost_contact(problem):
-                    raise
-                raise self._lost(problem) from problem
+            if checkpoint is not None and self.restore_finished(checkpoint):
+                step = self.state.global_step
+                output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
+            else:
+                resume = str(checkpoint) if checkpoint else None
+                output = super().train(resume_from_checkpoint=resume)
         if self.graceful_stop.received is not None:
             name = checkpoint_name(last_checkpoint_step(self.folder) or 0)
             raise Interrupted(
@@ -436,20 +440,33 @@ class UniRefinerTrainer(RefinementCheckpoints):
             )
         return output
 
-    def _lost(self, problem: Exception) -> LostProcessError:
-        step = last_checkpoint_step(self.folder)
-        left = "There is no checkpoint yet."
-        if step is not None:
-            left = f"{checkpoint_name(step)} is left."
-        how = f"Continue with --resume {self.folder}"
-        if step is None:
-            how = "Start again"
-        reason = " ".join(str(problem).split())[:200]
-        return LostProcessError(
-            f"Process {self.args.process_index} lost contact with another after step "
-            f"{self.state.global_step}: it was killed or its machine is gone. {left} {how}, "
-            f"on as many processes. ({reason})"
-        )
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Say of an error in talking to another process what it means, and how to go on.
+
+        Raises:
+            LostProcessError: in its place.
+        """
+        try:
+            yield
+        except Exception as problem:
+            known = isinstance(problem, (CheckpointError, LostProcessError))
+            if known or not lost_contact(problem):
+                raise
+            step = last_checkpoint_step(self.folder)
+            how = "There is no checkpoint yet. Start again with the same command."
+            if step is not None:
+                how = (
+                    f"{checkpoint_name(step)} is left. Continue with --resume {self.folder}, "
+                    "on as many machines and processes; or on others, with the "
+                    f"accumulation that makes {self.total_batch} images a step."
+                )
+            reason = " ".join(str(problem).split())[:200]
+            raise LostProcessError(
+                f"Process {self.args.process_index} lost contact with another after step "
+                f"{self.state.global_step}: it was killed, or its machine or the link to it "
+                f"is gone. {how} ({reason})"
+            ) from problem
 
     def _finish(self, seconds: float, checkpoint: Path | None) -> None:
         """Adapter, comparison, picture and record.
@@ -535,7 +552,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 record = read_record(self.folder)
                 write_json(self.folder / RECORD, {**record, "finished": True})
                 logger.info(f"The refined model is in {folder}.")
-            wait_for_all()
+            wait_long_for_all()
         return merged
 
     def push_to_hub(  # type: ignore[override]
@@ -563,7 +580,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             options.setdefault("pictures", self.args.publish_pictures)
             pushed = push(self.folder, repo_id, **{**self._source(), **options})
             logger.info(f"The refined model is at {pushed.url}.")
-        wait_for_all()
+        wait_long_for_all()
         return pushed
 
     def create_model_card(  # type: ignore[override]
@@ -637,6 +654,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if not isinstance(stream, RefinementStream):
             return super().get_train_dataloader()
         stream.endless = True
+        stream.batch = self.args.train_batch_size
         self.args.ignore_data_skip = True
         args = self.args
         workers = min(args.dataloader_num_workers, stream.shards)
