@@ -9,6 +9,9 @@ from typing import Any
 
 from .modeling.errors import UniRefinerError
 
+RECORD = "run.json"
+"""In a run's folder, its own account; what tells the folder of a run from any other."""
+
 
 class OutputError(UniRefinerError):
     """Something cannot be written where it should be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import ImageError
-from .samples import DataReport, Sample, ToPixels
+from .left_out import reason_of
+from .report import DataReport
+from .samples import Sample, ToPixels
 from .tables import source_of
 
 
@@ -34,6 +37,8 @@ class StreamPosition:
 
 class RefinementStream(IterableDataset):
     """One process's share of a shuffled stream; unusable images are passed over.
+
+    Each is named once, in the first pass, with the reader that met it and the row.
 
     A data set is shared out by its files where their number divides by the processes,
     else image by image. A pick of `max_images` is the same for any number of processes:
@@ -62,7 +67,7 @@ class RefinementStream(IterableDataset):
         if max_images is not None:
             table = table.take(max_images)
         self.whole = self.table = table
-        self.share = (process, processes)
+        self.process, self.share = process, (process, processes)
         if max_images is None and processes > 1:
             self.table = split_dataset_by_node(table, process, processes)
             self.share = (0, 1)
@@ -96,7 +101,7 @@ class RefinementStream(IterableDataset):
 
     def first(self, count: int) -> list[Tensor]:
         """Pixels of the stream's first images, the same on every process."""
-        rows = (self._decode(row, n) for n, row in enumerate(self.whole))
+        rows = (self._decode(row, str(n)) for n, row in enumerate(self.whole))
         found = (pixels for pixels in rows if isinstance(pixels, Tensor))
         return list(islice(found, count))
 
@@ -110,18 +115,22 @@ class RefinementStream(IterableDataset):
             object.__setattr__(info, "id", reader)  # datasets shares out by it
         start = self.positions.get(reader, StreamPosition(reader, 0, 0))
         epoch, begin = start.epoch, start.row
-        skipped: list[str] = []
+        skipped: list[tuple[str, str]] = []
         process, processes = self.share
         while True:
             if not self.fixed:
                 self.table.set_epoch(epoch)
-            usable = 0
+            usable, failed = 0, "it is empty"
             for number, row in enumerate(self.table):
                 if number < begin or number % processes != process:
                     continue
-                pixels = self._decode(row, number)
+                name = self._name(row, f"row {number} of reader {reader}")
+                pixels = self._decode(row, name)
                 if isinstance(pixels, str):
-                    skipped.append(pixels)
+                    # A later pass meets the same images: each counts once.
+                    if epoch == 0:
+                        skipped.append((name, pixels))
+                    failed = f"{name}: {pixels}"
                     continue
                 usable += 1
                 position = StreamPosition(reader, epoch, number + 1)
@@ -134,16 +143,23 @@ class RefinementStream(IterableDataset):
             if not self.endless:
                 return
             if not usable and not begin:
-                reason = skipped[0] if skipped else "it is empty"
                 raise ImageError(
-                    f"{self.report.source}: no image of the stream can be used: {reason}"
+                    f"{self.report.source}: no image of the stream can be used: {failed}"
                 )
             epoch, begin = epoch + 1, 0
 
-    def _decode(self, row: dict[str, Any], number: int) -> Tensor | str:
+    def _name(self, row: dict[str, Any], place: str) -> str:
+        """What a row is called: where it was met, and its file's name if it has one."""
+        cell = row[self.image_column]
+        file = cell.get("path") if isinstance(cell, dict) else None
+        said = f"{place} of process {self.process}"
+        if isinstance(file, str):
+            said = f"{Path(file).name}, {said}"
+        return f"{self.report.source} ({said})"
+
+    def _decode(self, row: dict[str, Any], name: str) -> Tensor | str:
         """The pixels, or what is wrong with them."""
-        name = f"{self.report.source} (number {number} of the stream)"
         try:
             return self.to_pixels(source_of(row[self.image_column]), name)
         except ImageError as problem:
-            return str(problem)
+            return reason_of(problem, name)

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..data.images import denormalise
+from ..data.left_out import left_out_lines
 from ..data.samples import collate
 from ..data.streams import RefinementStream
 from ..data.unlabelled import sample_images
@@ -127,7 +127,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             `UniRefinerModel`. One in memory is copied here and once more by `save_model`:
             leave its weights as they are until then.
         args: of the run; None: made of the keywords.
-        train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_images`.
+        train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_training_images`.
         method: a name (``"unirefiner"``, ``"ph_reg"``, ``"distillation"``) or settings.
         callbacks: further callbacks of transformers.
         processing_class: image processor of a model in memory; None: from where the model
@@ -196,8 +196,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
             )
         images = open_unlabelled(train_dataset, self.backbone, args)
         self.report = images.report
-        for name, reason in self.report.skipped.items():
-            logger.warning(f"Left out {name}: {reason}")
+        for line in self.report.lines():
+            logger.warning(line)
         self.reference = reference_pixels(self.backbone, args)
         objective = build_objective(self.backbone, settings, self.reference, args)
         if args.compile_layers:
@@ -387,8 +387,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if not self.is_world_process_zero():
             return
         if comparison is not None:
-            mean, std = self.backbone.mean, self.backbone.std
-            pictures = [denormalise(pixels, mean, std) for pixels in self.shown]
+            denormalised = self.backbone.reading.denormalised
+            pictures = [denormalised(pixels) for pixels in self.shown]
             figure(comparison, pictures).save(self.folder / PICTURE)
         if checkpoint is None or checkpoint_step(checkpoint) != self.state.global_step:
             # What was measured of an earlier end of this run is not true of this one.
@@ -397,7 +397,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         write_json(self.folder / RECORD, {**self.record, "finished": True})
         if skipped:
             logger.warning(
-                f"{len(skipped)} images could not be used; {RECORD} names each and why."
+                f"{len(skipped)} images could not be used; {RECORD} names each and why. "
+                + " ".join(left_out_lines(skipped))
             )
 
     def save_model(  # type: ignore[override]
@@ -507,9 +508,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         Raises:
             NonFiniteLossError: names the terms that are not finite and the step.
         """
-        for entry in inputs.get("skipped", ()):
-            name, _, reason = entry.partition(": ")
-            self.skipped[name] = reason
+        self.skipped.update(inputs.get("skipped", ()))
         if isinstance(self.train_dataset, RefinementStream):
             self.train_dataset.note(inputs["position"])
         self._seed_batch()
