@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import SiglipImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..loading.adapter import is_adapted, merge_adapter, save_adapter
+from ..loading.processor import resized_processor
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
@@ -122,7 +120,8 @@ def export_refined(
                 save_remote_code(draft)
                 if text_side is not None:
                     text_side.save(draft, max_shard_size=max_shard_size)
-            resized_processor(image_processor, image_size).save_pretrained(draft)
+            size = (image_size, image_size)
+            resized_processor(image_processor, size).save_pretrained(draft)
             for name, image in (images or {}).items():
                 image.save(draft / name)
             for name, content in (results or {}).items():
@@ -139,20 +138,3 @@ def export_refined(
             "folder, then merge again; the adapter is unharmed."
         ) from problem
     return folder
-
-
-def resized_processor(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
-    """A copy that resizes whole images to ``size x size`` pixels, without cropping.
-
-    One that cuts patches (NaFlex) gives way to SigLIP's: the model takes images.
-    """
-    resized: Any = copy.deepcopy(processor)
-    if "max_num_patches" in resized.to_dict():
-        names = ("image_mean", "image_std", "rescale_factor", "resample")
-        resized = SiglipImageProcessorPil(**{n: getattr(resized, n) for n in names})
-    resized.size = {"height": size, "width": size}
-    resized.do_resize = True
-    if hasattr(resized, "do_center_crop"):
-        resized.do_center_crop = False
-        resized.crop_size = {"height": size, "width": size}
-    return resized

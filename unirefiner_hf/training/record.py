@@ -60,6 +60,7 @@ def started_record(trainer: UniRefinerTrainer) -> dict[str, Any]:
             "max_images": args.max_images,
             "seed": args.seed,
             "images": trainer.report.total,
+            "passed_over": trainer.report.passed_over,
         },
         "method": {
             "name": settings.name,
