@@ -26,7 +26,7 @@ except ImportError as error:
 
 from .families import DUAL_ENCODERS, family_of
 from .own_towers import published_config
-from .registers import FILLS
+from .registers import FILLS, check_width
 
 FORMAT_VERSION = 2
 """Version 2 has register tokens; without them files stay version 1."""
@@ -215,10 +215,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _check_settings(self) -> None:
-        if self.register_width < 0:
-            raise UniRefinerError(
-                f"register_width is {self.register_width}; it must be 0 or more patches."
-            )
+        check_width(self.register_width)
         if self.num_register_tokens < 0:
             raise UniRefinerError(
                 f"num_register_tokens is {self.num_register_tokens}; it must be 0 or more."
