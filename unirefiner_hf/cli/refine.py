@@ -104,8 +104,7 @@ def groups() -> dict[str, list[Option]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the command its options: ``--config`` and the fields of a recipe."""
     parser.usage = (
-        "unirefiner refine --config RECIPE [--field value ...]\n"
-        "       unirefiner refine --resume RUN"
+        "unirefiner refine --config RECIPE [--field value ...], or --resume RUN"
     )
     parser.epilog = (
         "Options go over the recipe's values; 'null' unsets one. More: --help-all."

@@ -127,10 +127,10 @@ def merge(
         ExportError: a border for a method that has none, a text encoder in a native export,
             an output that holds the run; or see `export_refined`.
     """
+    dtype = weight_dtype(dtype)
+    check_output(read_run(run), output)
     with holding(folder_of_run(run), "merge"):
         found = read_run(run)
-        dtype = weight_dtype(dtype)
-        check_output(found, output)
         base = load_refined(
             found,
             model,
