@@ -52,8 +52,8 @@ RESUME = Option(
     "resume",
     "folder of a run",
     "None",
-    "A run to go on with, from its newest whole checkpoint; it needs no other option. "
-    "Unset: a new run. Without a folder: the run in output_dir, all options given again; "
+    "A run to go on with; it needs no other option, and goes on from its newest whole "
+    "checkpoint. Unset: a new run. Without a folder: the run in output_dir, all options given again; "
     "with push_to_hub and none there, from the checkpoint on the Hub.",
 )
 BRIEF = (
