@@ -53,8 +53,8 @@ RESUME = Option(
     "folder of a run",
     "None",
     "A run to go on with; it needs no other option, and goes on from its newest whole "
-    "checkpoint. Unset: a new run. Without a folder: the run in output_dir, all options given again; "
-    "with push_to_hub and none there, from the checkpoint on the Hub.",
+    "checkpoint. Unset: a new run. Without a folder: the run in output_dir, all options "
+    "given again; with push_to_hub and none there, from the checkpoint on the Hub.",
 )
 BRIEF = (
     *("model", "image_size", "base_quantization", "trust_remote_code"),
