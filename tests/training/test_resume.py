@@ -419,6 +419,18 @@ def test_a_damaged_one_that_is_named_is_refused(run):
         trainer.train(resume_from_checkpoint=run / "checkpoint-2")
 
 
+def test_a_checkpoint_of_the_adapter_alone_is_no_end(places, tmp_path):
+    model, data = map(str, places)
+    options = {**FIELDS, "output_dir": str(tmp_path / "run"), "save_only_model": True}
+    run = refine(model, data, **options).folder
+    expected = weights(run)
+    refine(resume=run)  # it was finished
+    assert weights(run) == expected
+    shutil.rmtree(run / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="checkpoint-2 holds the adapter alone"):
+        refine(resume=run)
+
+
 # Nobody's work is lost
 
 

@@ -52,9 +52,9 @@ RESUME = Option(
     "resume",
     "folder of a run",
     "None",
-    "A run to go on with, from its newest whole checkpoint; it needs no other option. "
-    "Unset: a new run. Without a folder: the run in output_dir, all options given again; "
-    "with push_to_hub and none there, from the checkpoint on the Hub.",
+    "A run to go on with; it needs no other option, and goes on from its newest whole "
+    "checkpoint. Unset: a new run. Without a folder: the run in output_dir, all options "
+    "given again; with push_to_hub and none there, from the checkpoint on the Hub.",
 )
 BRIEF = (
     *("model", "image_size", "base_quantization", "trust_remote_code"),
@@ -105,8 +105,7 @@ def groups() -> dict[str, list[Option]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the command its options: ``--config`` and the fields of a recipe."""
     parser.usage = (
-        "unirefiner refine --config RECIPE [--field value ...]\n"
-        "       unirefiner refine --resume RUN"
+        "unirefiner refine --config RECIPE [--field value ...], or --resume RUN"
     )
     parser.epilog = (
         "Options go over the recipe's values; 'null' unsets one. More: --help-all."

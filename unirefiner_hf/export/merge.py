@@ -131,10 +131,10 @@ def merge(
         ExportError: a border for a method that has none, a text encoder in a native export,
             an output that holds the run or its base; or see `export_refined`.
     """
+    dtype = weight_dtype(dtype)
+    output = check_output(read_run(run), output, model, overwrite=overwrite)
     with holding(folder_of_run(run), "merge"):
         found = read_run(run)
-        dtype = weight_dtype(dtype)
-        output = check_output(found, output, model, overwrite=overwrite)
         base = load_refined(
             found,
             model,

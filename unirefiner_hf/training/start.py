@@ -205,6 +205,20 @@ def _look_for_checkpoint(run: Path, resume: bool) -> tuple[Path | None, dict[str
     return checkpoint, passed
 
 
+def check_state(checkpoint: Path) -> None:
+    """Refuse a checkpoint of the adapter alone.
+
+    Raises:
+        CheckpointError: it holds no state of schedule and optimiser.
+    """
+    if not any(checkpoint.glob("scheduler.*")):
+        raise CheckpointError(
+            f"{checkpoint} holds the adapter alone, as save_only_model asks for, and "
+            "nothing to go on training from: merge it, or start again in another "
+            "output_dir."
+        )
+
+
 def set_aside(run: Path, names: Sequence[str]) -> None:
     """Take damaged checkpoints out of the way, so that none counts as the newest."""
     for name in names:

@@ -96,6 +96,7 @@ from .start import (
     check_method,
     check_not_taken,
     check_places,
+    check_state,
     check_together,
     checkpoint_to_resume,
     holds_a_run,
@@ -430,6 +431,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 step = self.state.global_step
                 output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
             else:
+                if checkpoint is not None:
+                    check_state(checkpoint)
                 resume = str(checkpoint) if checkpoint else None
                 output = super().train(resume_from_checkpoint=resume)
         if self.graceful_stop.received is not None:
