@@ -358,8 +358,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         try:
             yield
         except Exception as problem:
-            known = isinstance(problem, (CheckpointError, LostProcessError))
-            if known or not lost_contact(problem):
+            if isinstance(problem, CheckpointError) or not lost_contact(problem):
                 raise
             step = last_checkpoint_step(self.folder)
             how = "There is no checkpoint yet. Start again with the same command."
