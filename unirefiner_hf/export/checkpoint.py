@@ -21,6 +21,7 @@ from ..modeling.errors import UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
+from ..outputs import put_in_place
 from .card import CardData, own_metadata, render_card
 from .digests import weight_digests
 from .run_folder import ADAPTER, CARD, as_path, is_run
@@ -159,8 +160,7 @@ def export_refined(
         for weights in draft.rglob("*.safetensors"):
             # safetensors 0.8 writes them for their owner alone.
             shutil.copymode(draft / CARD, weights)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(draft, folder)
+        put_in_place(draft, folder)
     except (OSError, SafetensorError) as problem:
         raise ExportError(
             f"{folder.name} could not be written: {problem}. Free space or choose another "

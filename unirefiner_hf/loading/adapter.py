@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,12 +75,15 @@ def load_adapter(model: UniRefinerModel, folder: Path) -> None:
     """Read an adapter, and what the register model learnt, that `save_adapter` wrote.
 
     Raises:
-        CheckpointError: a file is missing, or the adapter belongs to another tower.
+        CheckpointError: a file is missing or damaged, or the adapter belongs to another tower.
     """
     file = folder / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder.name} holds no {WEIGHTS}.")
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(f"{file} cannot be read: {problem}.") from problem
     expected = adapter_weights(model.tower)
     wrong = [
         name
