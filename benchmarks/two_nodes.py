@@ -10,7 +10,7 @@ ACCELERATE_USE_CPU=true, as the document says.
 What is tried, and compared with one machine of two processes:
 
 - whole: both machines train to the end;
-- killed: every process of the second machine gets SIGKILL in mid-run;
+- killed: every process of a machine gets SIGKILL in mid-run;
 - gone: it loses its link first, so that not even the end of its connections is told;
 - cut: the link is down for some seconds.
 
@@ -283,9 +283,9 @@ class Rehearsal:
         logs = (self.log(run, n) for n in range(2))
         return "\n".join(log.read_text()[-3000:] for log in logs if log.is_file())
 
-    def message(self, run: str) -> str:
-        """The line with which the first machine's run ended."""
-        lines = self.log(run, 0).read_text().splitlines()
+    def message(self, run: str, machine: int = 0) -> str:
+        """The line with which a machine's run ended."""
+        lines = self.log(run, machine).read_text().splitlines()
         found = [line for line in lines if line.startswith("unirefiner: error:")]
         return found[-1] if found else "(no message)"
 
@@ -325,18 +325,20 @@ class Rehearsal:
         """The same commands with --resume."""
         self.succeeded(run, self.wait(self.start(run, " --resume")))
 
-    def lost(self, run: str, checkpoint: str, silently: bool) -> float:
-        """Take the second machine away; seconds until the first has ended."""
-        second = self.machines[1]
+    def lost(
+        self, run: str, checkpoint: str, silently: bool, machine: int = 1
+    ) -> float:
+        """Take a machine away; seconds until the other has ended."""
+        gone = self.machines[machine]
         started = self.start(run)
         self.wait_for(run, checkpoint, started)
         if silently:
-            second.link(False)
-        second.kill()
+            gone.link(False)
+        gone.kill()
         since = time.monotonic()
-        status = self.wait(started[:1])
+        status = self.wait([started[1 - machine]])
         seconds = time.monotonic() - since
-        second.link(True)
+        gone.link(True)
         if status == [0]:
             raise RuntimeError("The run was over before the machine was lost.")
         return seconds
@@ -379,12 +381,14 @@ def rehearse(
 
         it.whole()
         row("both to the end", "trained", "whole")
-        for run, what, silently in (
-            ("killed", "second machine killed", False),
-            ("gone", "second machine off the network, then killed", True),
+        for run, what, silently, machine in (
+            ("killed", "second machine killed", False, 1),
+            ("gone", "second machine off the network, then killed", True, 1),
+            ("killed-first", "first machine killed", False, 0),
+            ("gone-first", "first machine off the network, then killed", True, 0),
         ):
-            seconds = it.lost(run, checkpoint, silently)
-            print(it.message(run), flush=True)
+            seconds = it.lost(run, checkpoint, silently, machine)
+            print(it.message(run, 1 - machine), flush=True)
             it.resumed(run)
             row(what, f"ended after {seconds:.0f} s, continued", run)
         survived = it.cut("cut", checkpoint, cut_for)

@@ -63,6 +63,6 @@ def test_two_machines_survive_a_cut_and_end_without_one_another(tmp_path):
         assert it.difference("one-machine", "cut") == 0
         assert it.lost("gone", "checkpoint-5", silently=True) < 60
         assert "lost contact" in it.message("gone")
-        assert "Continue with the same command and --resume" in it.message("gone")
+        assert f"refine --resume {tmp_path / 'gone'}" in it.message("gone")
         it.resumed("gone")
         assert it.difference("one-machine", "gone") == 0

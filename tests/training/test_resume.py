@@ -29,7 +29,12 @@ from unirefiner_hf.methods.base import load_trainable
 from unirefiner_hf.methods.registry import method_settings
 from unirefiner_hf.training import asked_of_run
 from unirefiner_hf.training.arguments import UniRefinerArguments
-from unirefiner_hf.training.asked_of_run import HARMLESS, OtherRunError, identity
+from unirefiner_hf.training.asked_of_run import (
+    HARMLESS,
+    OtherRunError,
+    identity,
+    recipe_of_run,
+)
 from unirefiner_hf.training.keywords import ARGUMENTS
 from unirefiner_hf.training.start import RunError
 
@@ -289,11 +294,16 @@ def test_the_identity_has_no_path_and_misses_no_field(tmp_path):
     assert not unknown, "no argument has this name"
 
 
-def test_the_readers_of_a_stream_are_no_harmless_number(tmp_path):
-    for streaming in (False, True):
-        args = UniRefinerArguments(str(tmp_path), streaming=streaming, use_cpu=True)
-        told = identity(args, UniRefinerSettings())
-        assert ("dataloader_num_workers" in told) is streaming
+@pytest.mark.parametrize("processes,expected", [(1, 4), (2, 2), (4, 1), (3, 1)])
+def test_other_processes_make_the_same_batches(run, monkeypatch, processes, expected):
+    """By another accumulation where there is one, unless it was given."""
+    monkeypatch.setattr(asked_of_run, "announced_processes", lambda: processes)
+    record = json.loads((run / "run.json").read_text())
+    record["training"]["total_batch"] = 8  # four processes took two images each
+    (run / "run.json").write_text(json.dumps(record))
+    assert recipe_of_run(run).args.gradient_accumulation_steps == expected
+    words = {"gradient_accumulation_steps": ["5"]}
+    assert recipe_of_run(run, words).args.gradient_accumulation_steps == 5
 
 
 def test_a_checkpoint_of_an_earlier_version_is_told(run, caplog):

@@ -29,6 +29,7 @@ from ..export.run_folder import (
     RunFolderError,
     as_path,
     is_run,
+    read_record,
     read_refiner_state,
 )
 from ..loading.starter import NAME as STARTER
@@ -37,10 +38,12 @@ from ..methods.settings import MethodSettings
 from ..modeling.errors import UniRefinerError
 from ..resources import find_recipe
 from .arguments import UniRefinerArguments
+from .distributed import announced_processes
 from .fields import Values, read_recipe, to_words
 from .keywords import ARGUMENTS
 from .recipe import Recipe, recipe_of_words
 from .refused import REFUSED
+from .split import accumulation_for
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +96,7 @@ HARMLESS = frozenset(
         "keep_text",
         "model_license",
         "push_to_hub",
-        # Who reads the images, and how far ahead; of a stream, see `harmless`.
+        # Who reads the images, and how far ahead; a stream keeps its order, see `streams`.
         "dataloader_multiprocessing_context",
         "dataloader_num_workers",
         "dataloader_persistent_workers",
@@ -123,14 +126,9 @@ class OtherRunError(UniRefinerError):
     """The run cannot go on as asked: its weights follow from something else."""
 
 
-def harmless(streaming: bool) -> frozenset[str]:
-    """`HARMLESS`; the readers of a stream share out its images, so their number is not."""
-    return HARMLESS - {"dataloader_num_workers"} if streaming else HARMLESS
-
-
 def identity(args: UniRefinerArguments, settings: MethodSettings) -> dict[str, Any]:
     """What the weights follow from, of arguments and settings; see `found_out`."""
-    left = {*harmless(args.streaming), *PLACES, *SPLIT, *NOT_KEPT, *OF_THE_MACHINE}
+    left = {*HARMLESS, *PLACES, *SPLIT, *NOT_KEPT, *OF_THE_MACHINE}
     told = {**_plain(args), **dataclasses.asdict(settings)}
     kept = {name: value for name, value in told.items() if name not in left}
     return _as_json({"method": settings.name, **kept})
@@ -299,6 +297,8 @@ def recipe_of_run(
     for old, new in NEWER_NAMES.items():
         if old in words:
             recorded.pop(new, None)
+    if not any(name in words for name in SPLIT):
+        recorded |= _same_batches(folder, told)
     return recipe_of_words(None, {**recorded, **words, **place})
 
 
@@ -314,6 +314,21 @@ def _recorded_words(told: Mapping[str, Any]) -> dict[str, Values]:
         for name, value in {**places, **values}.items()
         if value not in ([], {})
     }
+
+
+def _same_batches(run: Path, told: Mapping[str, Any]) -> dict[str, Values]:
+    """The accumulation that makes as many images a step on as many processes as there are.
+
+    Nothing where none does: `check_split` says then what would.
+    """
+    if not is_run(run):
+        return {}
+    total = int(read_record(run)["training"]["total_batch"])
+    batch = int(told["args"]["per_device_train_batch_size"])
+    accumulation = accumulation_for(total, batch, announced_processes())
+    if accumulation is None:
+        return {}
+    return {"gradient_accumulation_steps": [str(accumulation)]}
 
 
 def _defaults(kind: type) -> dict[str, Any]:

@@ -53,7 +53,6 @@ class RefinementCheckpoints(Trainer):
     """The part of the trainer that saves and resumes.
 
     - A checkpoint holds the adapter (as PEFT saves it), the learnable border if there is
-    - A checkpoint holds the adapter (as PEFT saves it), the learnable border if there is
       one, and the state needed to resume, all as safetensors or JSON, which any split over
       processes can take up (see `split`); under FSDP the optimiser's state is the engine's
       own.

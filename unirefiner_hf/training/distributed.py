@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -83,9 +85,14 @@ def is_distributed() -> bool:
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Go on when every process is here.
+
+    Raises:
+        LostProcessError: one is gone.
+    """
     if is_distributed():
-        dist.barrier()
+        with _naming_the_lost():
+            dist.barrier()
 
 
 def wait_long_for_all() -> None:
@@ -96,23 +103,38 @@ def wait_long_for_all() -> None:
     place of a collective, so that a store that is gone ends the wait at once.
 
     Raises:
-        LostProcessError: after `PATIENCE`.
+        LostProcessError: one is gone, or did not come within `PATIENCE`.
     """
     if not is_distributed():
         return
     store = dist.distributed_c10d._get_default_store()
     name = f"unirefiner/meeting/{next(_MEETINGS)}"
     processes, until = dist.get_world_size(), time.monotonic() + PATIENCE
-    here = int(store.add(name, 1))
-    while here < processes:
-        if time.monotonic() > until:
-            raise LostProcessError(
-                f"{processes - here} of {processes} processes did not come within "
-                f"{PATIENCE // 3600} hours."
-            )
-        time.sleep(0.2)
-        here = int(store.add(name, 0))
-    dist.barrier()
+    with _naming_the_lost():
+        here = int(store.add(name, 1))
+        while here < processes:
+            if time.monotonic() > until:
+                raise LostProcessError(
+                    f"{processes - here} of {processes} processes did not come within "
+                    f"{PATIENCE // 3600} hours."
+                )
+            time.sleep(0.2)
+            here = int(store.add(name, 0))
+        dist.barrier()
+
+
+@contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as problem:
+        if isinstance(problem, LostProcessError) or not lost_contact(problem):
+            raise
+        raise LostProcessError(
+            "Another process of the run is gone, or the link to it: start the same command "
+            "again, with --resume where there is a checkpoint. "
+            f"({' '.join(str(problem).split())[:200]})"
+        ) from problem
 
 
 def disconnect() -> None:
@@ -166,7 +188,8 @@ def lost_contact(problem: Exception) -> bool:
         return False
     words = ("gloo", "nccl", "connection closed", "connection reset", "socket")
     text = str(problem).lower()
-    return isinstance(problem, dist.DistError) or any(word in text for word in words)
+    known = isinstance(problem, (dist.DistError, LostProcessError))
+    return known or any(word in text for word in words)
 
 
 def batch_seed(seed: int, position: int) -> int:

@@ -227,6 +227,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 "needs one: look it up and set model_license."
             )
         images = open_unlabelled(train_dataset, self.backbone, args)
+        # Each has fetched and read at its own pace.
+        wait_long_for_all()
         main = not args.process_index
         base = told_by_first(base_sha256(self.backbone.model) if main else "")
         self.asked |= found_out(base, images, args.reference_image)
@@ -241,7 +243,6 @@ class UniRefinerTrainer(RefinementCheckpoints):
             compile_layers(self.backbone.model)
         self.lazy_channels = settle_lazy_channels(objective, images, self.resumed)
         self.shown = sample_images(images, args.report_images)
-        # Each has fetched and read at its own pace.
         wait_long_for_all()
         total_batch = args.train_batch_size * args.gradient_accumulation_steps
         self.total_batch = total_batch * args.world_size
@@ -347,7 +348,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         """
         if kwargs:
             raise RunError(f"train() takes no {next(iter(kwargs))}: leave it out.")
-        with self.holding():
+        with self.holding(), self._naming_the_lost():
             checkpoint = self._checkpoint(resume_from_checkpoint)
             self._started = True
             wait_for_all()
@@ -357,10 +358,9 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 write_json(self.folder / RECORD, {**self.record, "finished": False})
             self._damaged = ()
             started = time.monotonic()
-            with self._naming_the_lost():
-                output = self._run(checkpoint)
-                # One may have uploads to finish.
-                wait_long_for_all()
+            output = self._run(checkpoint)
+            # One may have uploads to finish.
+            wait_long_for_all()
             self._finish(time.monotonic() - started, checkpoint)
             wait_for_all()
         return output
@@ -453,16 +453,15 @@ class UniRefinerTrainer(RefinementCheckpoints):
         try:
             yield
         except Exception as problem:
-            known = isinstance(problem, (CheckpointError, LostProcessError))
-            if known or not lost_contact(problem):
+            if isinstance(problem, CheckpointError) or not lost_contact(problem):
                 raise
             step = last_checkpoint_step(self.folder)
             how = "There is no checkpoint yet. Start again with the same command."
             if step is not None:
                 how = (
-                    f"{checkpoint_name(step)} is left. Continue with --resume {self.folder}, "
-                    "on as many machines and processes; or on others, with the "
-                    f"accumulation that makes {self.total_batch} images a step."
+                    f"{checkpoint_name(step)} is left. Launch again as before, with "
+                    f"'refine --resume {self.folder}'; or on other machines and processes, "
+                    f"with the accumulation that makes {self.total_batch} images a step."
                 )
             reason = " ".join(str(problem).split())[:200]
             raise LostProcessError(
