@@ -25,6 +25,7 @@ from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.export.merge import merge
 from unirefiner_hf.export.run_folder import STAGING
 from unirefiner_hf.loading.backbone import BackboneError
+from unirefiner_hf.loading.processor import ProcessorError
 from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.text_side import load_text_side
 from unirefiner_hf.training import checkpoints
@@ -406,7 +407,7 @@ def test_a_tower_not_in_the_table_is_refused(arguments, tmp_path, tower_folder):
 def test_a_tower_without_its_processor_is_refused(arguments, tmp_path):
     make_tiny_tower("vit").save_pretrained(tmp_path / "private-vit")
     with pytest.raises(
-        BackboneError, match="private-vit has no usable preprocessor_config"
+        ProcessorError, match="private-vit has no usable preprocessor_config"
     ):
         refine(*arguments(model={"model": str(tmp_path / "private-vit")}))
 
