@@ -19,8 +19,8 @@ import torch
 
 from unirefiner_hf import UniRefinerError, UniRefinerSettings, load_recipe
 from unirefiner_hf.cli.options import positive
-from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.data.left_out import left_out_lines
+from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.inputs import load_pictures
 
 from .planting.agreement import measure_truth

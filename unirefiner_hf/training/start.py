@@ -57,7 +57,7 @@ def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any
     """The training images at the backbone's size and normalisation."""
     return open_training_images(
         starter_data(data),
-        image_size=(base.image_size, base.image_size),
+        image_size=base.image_size,
         reading=base.reading,
         split=args.data_split,
         config_name=args.data_config,
@@ -75,8 +75,7 @@ def reference_pixels(base: Backbone, args: UniRefinerArguments) -> Tensor:
     picture = default_reference()
     if args.reference_image is not None:
         picture = load_rgb(args.reference_image)
-    size = (base.image_size, base.image_size)
-    return base.reading(picture, size).unsqueeze(0)
+    return base.reading(picture, base.image_size).unsqueeze(0)
 
 
 def build_objective(
