@@ -45,6 +45,15 @@ def test_pictures_of_runs_models_and_hidden_folders_are_not_data(tmp_path):
     assert found.left_out == {"._photo.png": folders.HIDDEN}
 
 
+@pytest.mark.parametrize("file", ["run.json", "config.json"])
+def test_the_folder_of_a_run_or_model_is_refused(tmp_path, file):
+    picture(tmp_path / "mine" / "before_after.png")
+    (tmp_path / "mine" / file).write_text("{}")
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ImageError, match=f"mine is the folder of a .*{file}"):
+        list_images(tmp_path / "mine")
+
+
 def test_links_are_followed_once(tmp_path):
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     picture(data / "sub" / "1.png")

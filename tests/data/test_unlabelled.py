@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.data.pixels import PixelReading
 from unirefiner_hf.data.samples import collate
+from unirefiner_hf.data.sources import InputError, open_images
 from unirefiner_hf.data.unlabelled import open_training_images, sample_images
 
 PIXELS = {"image_size": (16, 24), "reading": PixelReading((0.5,) * 3, (0.5,) * 3)}
@@ -44,6 +45,26 @@ def table():
     return datasets.Dataset.from_dict(
         {"image": images, "label": [0] * 6}, features=features
     )
+
+
+@pytest.mark.parametrize("data", ["", "  "])
+def test_an_unset_variable_is_not_the_current_folder(folder, monkeypatch, data):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ImageError, match="data is empty"):
+        open_training_images(data, **PIXELS)
+    with pytest.raises(InputError, match="images is empty"):
+        open_images(data)
+
+
+def test_the_pictures_of_a_run_are_not_trained_on(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "runs" / "mine").mkdir(parents=True)
+    grey(250).save(folder / "runs" / "mine" / "before_after.png")
+    (folder / "runs" / "mine" / "run.json").write_text("{}")
+    images = open_training_images(".", **PIXELS)
+    assert [value_of(s) for s in images] == [0, 10, 20, 30, 40, 50]
+    assert list(images.report.passed_over) == ["runs/mine"]
+    assert "Did not look into runs/mine" in images.report.lines()[0]
 
 
 def test_a_folder(folder):

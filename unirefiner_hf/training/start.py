@@ -54,7 +54,17 @@ def check_together(args: UniRefinerArguments) -> None:
 
 
 def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
-    """The training images at the backbone's size and normalisation."""
+    """The training images at the backbone's size and normalisation.
+
+    Raises:
+        RunError: the run would lie among them.
+    """
+    if isinstance(data, (str, Path)) and Path(data).is_dir():
+        if Path(data).resolve() == Path(str(args.output_dir)).resolve():
+            raise RunError(
+                f"output_dir is {args.output_dir}, the folder of the images: name another, "
+                "in it or elsewhere."
+            )
     return open_training_images(
         starter_data(data),
         image_size=base.image_size,
