@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.data.pixels import PixelReading
 from unirefiner_hf.data.samples import collate
+from unirefiner_hf.data.sources import InputError, open_images
 from unirefiner_hf.data.streams import StreamStateError
 from unirefiner_hf.data.unlabelled import open_training_images, sample_images
 
@@ -46,6 +47,26 @@ def table():
     return datasets.Dataset.from_dict(
         {"image": images, "label": [0] * 6}, features=features
     )
+
+
+@pytest.mark.parametrize("data", ["", "  "])
+def test_an_unset_variable_is_not_the_current_folder(folder, monkeypatch, data):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ImageError, match="data is empty"):
+        open_training_images(data, **PIXELS)
+    with pytest.raises(InputError, match="images is empty"):
+        open_images(data)
+
+
+def test_the_pictures_of_a_run_are_not_trained_on(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "runs" / "mine").mkdir(parents=True)
+    grey(250).save(folder / "runs" / "mine" / "before_after.png")
+    (folder / "runs" / "mine" / "run.json").write_text("{}")
+    images = open_training_images(".", **PIXELS)
+    assert [value_of(s) for s in images] == [0, 10, 20, 30, 40, 50]
+    assert list(images.report.passed_over) == ["runs/mine"]
+    assert "Did not look into runs/mine" in images.report.lines()[0]
 
 
 def test_a_folder(folder):
@@ -141,6 +162,111 @@ def test_an_undecodable_cell_is_counted(tmp_path, table, streaming):
     skipped = [entry for sample in samples for entry in sample["skipped"]]
     assert len(skipped) == 1 and "images.parquet" in skipped[0][0]
     assert len(samples) == (6 if streaming else 7)
+
+
+def test_every_empty_cell_counts(tmp_path, table):
+    rows = [{"image": None, "label": 0}] * 3
+    empty = datasets.Dataset.from_list(rows, features=table.features)
+    datasets.concatenate_datasets([empty, table]).to_parquet(tmp_path / "x.parquet")
+    images = open_training_images(str(tmp_path / "x.parquet"), **PIXELS)
+    skipped = dict(entry for _ in range(2) for s in images for entry in s["skipped"])
+    assert skipped == {f"x.parquet[{n}]": "an empty cell." for n in range(3)}
+
+
+def test_a_subset_names_the_rows_of_the_whole(tmp_path, table):
+    table.to_parquet(tmp_path / "x.parquet")
+    images = open_training_images(
+        str(tmp_path / "x.parquet"), **PIXELS, max_images=2, seed=3
+    )
+    for number, name in enumerate(images.names):
+        assert name == f"x.parquet[{value_of(images[number]) // 10}]"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_split_of_a_folder_of_tables(tmp_path, table, streaming):
+    for file, rows in {
+        "data/train-00000-of-00002.parquet": [0, 1],
+        "data/train-00001-of-00002.parquet": [2],
+        "data/validation-00000-of-00001.parquet": [3, 4],
+        "test/0.parquet": [5],
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        table.select(rows).to_parquet(tmp_path / file)
+    grey(200).save(tmp_path / "beside.png")
+    (tmp_path / "old.heic").write_bytes(b"x")
+    read = {}
+    for split in ("train", "validation", "val", "test"):
+        images = open_training_images(
+            str(tmp_path), **PIXELS, split=split, streaming=streaming
+        )
+        read[split] = sorted(map(value_of, images))
+        left_out = images.report.skipped
+        assert sorted(left_out) == ["beside.png", "old.heic"]
+        assert "beside .parquet files" in left_out["beside.png"]
+        assert images.report.used == (None if streaming else len(read[split]))
+    assert read == {
+        "train": [0, 10, 20],
+        "validation": [30, 40],
+        "val": [30, 40],
+        "test": [50],
+    }
+    assert set(images.report.passed_over) == {
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/validation-00000-of-00001.parquet",
+    }
+    with pytest.raises(ImageError, match="no split 'dev2'; it has test, train, valid"):
+        open_training_images(str(tmp_path), **PIXELS, split="dev2")
+
+
+def test_tables_of_two_kinds_are_not_mixed(tmp_path, table):
+    table.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.arrow").write_bytes(b"x")
+    with pytest.raises(ImageError, match=".arrow and .parquet files"):
+        open_training_images(str(tmp_path), **PIXELS)
+
+
+def test_one_split_of_a_folder_of_images(tmp_path):
+    for name, value in {"train/a": 0, "train/b": 10, "val/a": 20}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        grey(value).save(tmp_path / f"{name}.png")
+    images = open_training_images(str(tmp_path), **PIXELS)
+    assert images.names == ["train/a.png", "train/b.png"]
+    assert list(images.report.passed_over) == ["val"]
+    images = open_training_images(str(tmp_path), **PIXELS, split="validation")
+    assert images.names == ["val/a.png"]
+    with pytest.raises(ImageError, match="no split 'test'; it has train, validation"):
+        open_training_images(str(tmp_path), **PIXELS, split="test")
+    # Folders of classes, one of which is called train, are no splits.
+    (tmp_path / "plane").mkdir()
+    grey(0).save(tmp_path / "plane" / "a.png")
+    assert len(open_training_images(str(tmp_path), **PIXELS)) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_counts_each_unusable_image_once(tmp_path, table, workers, processes):
+    rows = [{"image": None, "label": 0}] * 2 + [
+        {"image": {"bytes": b"broken", "path": "b.jpg"}, "label": 0}
+    ]
+    bad = datasets.Dataset.from_list(rows, features=table.features)
+    data = split_into_files(
+        tmp_path, datasets.concatenate_datasets([bad, table] * 2), 4
+    )
+    found = {}
+    for process in range(processes):
+        stream = stream_of(data, process=process, processes=processes)
+        stream.endless = True
+        loader = DataLoader(
+            stream, batch_size=2, collate_fn=collate, num_workers=workers
+        )
+        for batch, _ in zip(loader, range(20), strict=False):
+            for name, reason in batch["skipped"]:
+                assert name not in found, "counted twice"
+                found[name] = reason
+    assert sorted(found.values()).count("an empty cell.") == 4
+    assert len(found) == 6
+    assert sum("(b.jpg, row" in name for name in found) == 2
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/folder", "a b"])

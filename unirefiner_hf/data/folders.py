@@ -64,11 +64,13 @@ def look_through(folder: str | Path) -> Contents:
     folders of runs and models: their pictures are results.
 
     Raises:
-        ImageError: the folder is missing.
+        ImageError: the folder is missing, or that of a run or model itself.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ImageError(f"{folder}: there is no such folder.")
+    if result := _result(folder):
+        raise ImageError(f"{folder.name} is {result}: its pictures are no data.")
     found = Contents(folder)
     seen = {os.path.realpath(folder)}
     links: list[Path] = []

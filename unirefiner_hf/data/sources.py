@@ -85,6 +85,8 @@ def open_images(images: Any, image_column: str | None = None) -> Images:
     """
     if isinstance(images, datasets.Dataset):
         return images_of_table(images, image_column, "row-{}".format)
+    if isinstance(images, str) and not images.strip():
+        raise InputError(f"images is empty: give {FORMS}.")
     path = Path(images).expanduser() if isinstance(images, (str, Path)) else None
     if path is not None and holds_tables(path):
         report = DataReport(path.name, None)
@@ -170,7 +172,7 @@ def images_of_table(
             f"{', '.join(table.column_names) or 'none'}. Name one with image_column."
         )
     feature = table.features[column]
-    encoded = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    encoded = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not encoded and (
         not isinstance(feature, kinds)
         or (isinstance(feature, datasets.Value) and feature.dtype not in TEXT)

@@ -154,7 +154,8 @@ def _tables_of(contents: Contents, split: str, report: DataReport | None) -> lis
 def source_of(value: Any) -> Any:
     """What `load_rgb` takes of a cell: bytes, a path or an image."""
     if isinstance(value, dict):
-        return value["bytes"] if value.get("bytes") is not None else value["path"]
+        content = value.get("bytes")
+        value = value.get("path") if content is None else content
     if value is None:
         raise ImageError("an empty cell.")
     if not isinstance(value, (str, bytes, Image.Image)):

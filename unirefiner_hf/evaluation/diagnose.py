@@ -185,9 +185,6 @@ def _pairs(
         raise LabelError("labels go with a folder of images: their names are compared.")
     pairs = pair_folders(Path(images).expanduser(), Path(labels).expanduser())
     numbers = {name: number for number, name in enumerate(pairs.names)}
-    for name in pictures.names:
-        if name not in numbers:
-            raise LabelError(f"{name}: another image has the same name but its ending.")
     chosen = [numbers[name] for name in pictures.names]
     return LabelledImages(
         pictures.names,

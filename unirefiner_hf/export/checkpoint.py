@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..loading.adapter import is_adapted, merge_adapter, save_adapter
+from ..loading.arguments import both_sides
 from ..loading.processor import resized_processor
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
@@ -51,7 +52,7 @@ def export_refined(
     folder: str | os.PathLike[str],
     *,
     image_processor: BaseImageProcessor,
-    image_size: int,
+    image_size: int | tuple[int, int],
     card: CardData,
     images: Mapping[str, Image.Image] | None = None,
     results: Mapping[str, bytes] | None = None,
@@ -74,7 +75,8 @@ def export_refined(
         model: the refined model; its adapter is merged in place.
         folder: appears whole or not at all.
         image_processor: of the base; saved so that it resizes to the refined size.
-        image_size: side of the images the model was refined on, in pixels.
+        image_size: of the images the model was refined on, in pixels: a side, or height
+            and width.
         images: pictures the card shows, by file name.
         results: further files that lie beside the weights, by name.
         text_side: of the base; None leaves it out, as does `native`.
@@ -100,7 +102,8 @@ def export_refined(
         raise ExportError(
             f"max_shard_size is {max_shard_size!r}; write it as 5GB or 500MB."
         )
-    if image_size % model.patch_size:
+    size = both_sides(image_size)
+    if any(side % model.patch_size for side in size):
         raise ExportError(
             f"image_size is {image_size}; it must be a multiple of the patch size "
             f"{model.patch_size}."
@@ -120,7 +123,6 @@ def export_refined(
                 save_remote_code(draft)
                 if text_side is not None:
                     text_side.save(draft, max_shard_size=max_shard_size)
-            size = (image_size, image_size)
             resized_processor(image_processor, size).save_pretrained(draft)
             for name, image in (images or {}).items():
                 image.save(draft / name)

@@ -48,9 +48,8 @@ class ReloadReport:
 
 
 def example_pixels(base: Backbone) -> Tensor:
-    """The reference photograph as the backbone takes it, ``(1, 3, side, side)``."""
-    size = (base.image_size, base.image_size)
-    return base.reading(default_reference(), size).unsqueeze(0)
+    """The reference photograph as the backbone takes it, ``(1, 3, height, width)``."""
+    return base.reading(default_reference(), base.image_size).unsqueeze(0)
 
 
 def encode(model: UniRefinerModel, pixels: Tensor, *, native: bool) -> Tensor:

@@ -28,7 +28,7 @@ from ..modeling.text_side import (
     load_text_side,
 )
 from ..modeling.towers import load_tower, tower_config
-from .arguments import BackboneArguments
+from .arguments import BackboneArguments, both_sides
 from .float8 import use_float8
 from .processor import load_processor, pixel_reading
 from .quantized import quantization
@@ -59,6 +59,7 @@ class Backbone:
     Attributes:
         name: Hub id, or the last part of a local path; safe to publish.
         reading: of pixels, as the image processor says.
+        image_size: height and width in pixels.
         license: as the model's card or the user says; None if neither does.
         text_side: reads the text encoder that is kept; None where none is.
     """
@@ -68,7 +69,7 @@ class Backbone:
     reading: PixelReading
     name: str
     license: str | None
-    image_size: int
+    image_size: tuple[int, int]
     text_side: Callable[[], TextSide] | None = field(default=None, compare=False)
 
 
@@ -211,13 +212,14 @@ def weightless_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     num_register_tokens: int = 0,
-) -> tuple[UniRefinerModel, str, int]:
+) -> tuple[UniRefinerModel, str, tuple[int, int]]:
     """What `load_backbone` makes of the same, on the meta device: a config is enough.
 
     Frozen layers are neither quantised nor in float8.
 
     Returns:
-        The register model, its backbone's name, and the side of the images in pixels.
+        The register model, its backbone's name, and height and width of the images in
+        pixels.
 
     Raises:
         UniRefinerError: as `load_backbone`, of what the config tells.
@@ -304,21 +306,26 @@ def takes_final_norm(config: PreTrainedConfig) -> bool:
     return config.model_type in ("clip_vision_model", "metaclip_2_vision_model")
 
 
-def image_size(asked: int | None, config: PreTrainedConfig, patch: int) -> int:
-    """Side of the images in pixels: the one asked for, or that of the pre-training.
+def image_size(asked: Any, config: PreTrainedConfig, patch: int) -> tuple[int, int]:
+    """Height and width of the images in pixels: asked for, or of the pre-training.
+
+    Args:
+        asked: a side, height and width, or None.
 
     Raises:
-        BackboneError: it does not divide into patches.
+        BackboneError: one of them does not divide into patches.
     """
-    size = image_size_of(config) if asked is None else asked
     if asked is None:
-        size = size // patch * patch
-    if size < patch or size % patch:
-        low = max(patch, size // patch * patch)
-        raise BackboneError(
-            f"image_size is {size}, which does not divide into patches of {patch}: use "
-            f"{low} or {low + patch}."
-        )
+        asked = image_size_of(config) // patch * patch
+    size = both_sides(asked)
+    for side in size:
+        if side < patch or side % patch:
+            low = max(patch, side // patch * patch)
+            given = " ".join(map(str, dict.fromkeys(size)))
+            raise BackboneError(
+                f"image_size is {given}, which does not divide into patches of {patch}: use "
+                f"{low} or {low + patch} for {side}."
+            )
     return size
 
 

@@ -79,10 +79,20 @@ def check_places(model: Model, args: UniRefinerArguments) -> None:
 
 
 def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
-    """The training images at the backbone's size and normalisation."""
+    """The training images at the backbone's size and normalisation.
+
+    Raises:
+        RunError: the run would lie among them.
+    """
+    if isinstance(data, (str, Path)) and Path(data).is_dir():
+        if Path(data).resolve() == Path(str(args.output_dir)).resolve():
+            raise RunError(
+                f"output_dir is {args.output_dir}, the folder of the images: name another, "
+                "in it or elsewhere."
+            )
     return open_training_images(
         starter_data(data),
-        image_size=(base.image_size, base.image_size),
+        image_size=base.image_size,
         reading=base.reading,
         split=args.data_split,
         config_name=args.data_config,
@@ -100,8 +110,7 @@ def reference_pixels(base: Backbone, args: UniRefinerArguments) -> Tensor:
     picture = default_reference()
     if args.reference_image is not None:
         picture = load_rgb(args.reference_image)
-    size = (base.image_size, base.image_size)
-    return base.reading(picture, size).unsqueeze(0)
+    return base.reading(picture, base.image_size).unsqueeze(0)
 
 
 def build_objective(

@@ -316,8 +316,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if args.push_to_hub:
             self.add_callback(HubSync(args, self.backbone.name))
         if args.snapshot_steps and self.shown:
-            side = self.backbone.image_size
-            width = self.refiner.register_width(side, side)
+            width = self.refiner.register_width(*self.backbone.image_size)
             folder = self.folder / SNAPSHOTS
             self.add_callback(
                 Snapshots(model, self.shown, width, folder, args.snapshot_steps)
@@ -480,10 +479,9 @@ class UniRefinerTrainer(RefinementCheckpoints):
         skipped = {**self.report.skipped, **gather_named(self.skipped)}
         model = self.refined.eval()
         leave_float8(model)
-        side = self.backbone.image_size
         width = self.args.inference_register_width
         if width is None:
-            width = self.refiner.register_width(side, side)
+            width = self.refiner.register_width(*self.backbone.image_size)
         model.config.register_width = width
         resumed = checkpoint is not None
         self.record = finished_record(self, losses, skipped, seconds, resumed)
