@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..loading.adapter import CheckpointError, load_adapter
 from ..loading.arguments import BackboneArguments
 from ..loading.backbone import Backbone, Model
+from ..loading.base_digest import base_sha256
 from ..loading.starter import NAME as STARTER
 from ..methods.base import load_trainable
 from ..results import Result, Table
@@ -27,9 +28,12 @@ from .run_folder import (
     RECORD,
     RunFolder,
     RunFolderError,
+    checkpoint_step,
+    folder_of_run,
     read_evaluation,
     read_run,
 )
+from .whole import damage
 
 logger = logging.get_logger(__name__)
 
@@ -120,16 +124,16 @@ def merge(
         trust_remote_code: run the base repository's own code.
 
     Raises:
-        RunFolderError: as `read_run`; the base is not known where it lies; or the
-            adapter does not fit it.
+        RunFolderError: as `read_run`; the base is not known where it lies; its weights
+            are not those the run started from; or the adapter does not fit it.
+        HeldError: another command is at work in the run's folder.
         ExportError: a border for a method that has none, a text encoder in a native export,
             an output that holds the run or its base; or see `export_refined`.
-        HeldError: another command is at work in the run.
     """
-    found = read_run(run)
     dtype = weight_dtype(dtype)
-    output = check_output(found, output, model, overwrite=overwrite)
-    with holding(found.folder, "merge"):
+    output = check_output(read_run(run), output, model, overwrite=overwrite)
+    with holding(folder_of_run(run), "merge"):
+        found = read_run(run)
         base = load_refined(
             found,
             model,
@@ -299,8 +303,10 @@ def _load(
         **{key: recorded[key] for key in keys},
     )
     source = name if model is None else model
+    _check_whole(run)
     try:
         base = load_trainable(source, arguments, settings, processor=processing_class)
+        _check_base(run, base)
         load_adapter(base.model, run.adapter)
     except CheckpointError as problem:
         called = source if isinstance(source, (str, Path)) else "The model in memory"
@@ -310,6 +316,35 @@ def _load(
     if hasattr(base.model.tower, "peft_config"):
         base.model.tower.peft_config["default"].base_model_name_or_path = name
     return base
+
+
+def _check_whole(run: RunFolder) -> None:
+    """Refuse a checkpoint that is damaged."""
+    folder = run.adapter
+    problem = None if checkpoint_step(folder) is None else damage(folder)
+    if problem is not None:
+        raise RunFolderError(
+            f"{folder} is not whole: {problem}. Name another checkpoint of the run."
+        )
+
+
+def _check_base(run: RunFolder, base: Backbone) -> None:
+    """Refuse a base whose weights have changed since; older records do not tell.
+
+    Bits of a quantised base say nothing of the weights they were made from.
+    """
+    recorded = run.record["model"].get("sha256")
+    quantised = run.record["training"].get("base_quantization") is not None
+    if recorded is None or quantised:
+        return
+    found = base_sha256(base.model)
+    if found != recorded:
+        raise RunFolderError(
+            f"{base.name} is not the base of this run, which is "
+            f"{run.record['model']['base']}: its weights have the sha256 {found[:16]}, and "
+            f"the run started from {recorded[:16]}. Name the model as it was, or the "
+            "revision."
+        )
 
 
 def _keeps_text(

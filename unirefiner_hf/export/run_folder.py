@@ -29,6 +29,10 @@ LAST = "last-checkpoint"
 """On the Hub, the newest checkpoint of a run in progress."""
 FORMAT = 1
 """Of the record."""
+ASKED, ASKED_FORMAT = "asked.json", 1
+"""What a run goes on by: paths of this machine are in it, so it is never published."""
+RESULTS = (MERGED, ADAPTER, PUBLISHED, METRICS, PICTURE)
+"""What a run leaves at its end, and replaces without asking where it left it itself."""
 SECTIONS = ("model", "data", "method", "training", "versions")
 """What every record has."""
 
@@ -121,6 +125,11 @@ def read_record(run: Path) -> dict[str, Any]:
     return check_record(record, file)
 
 
+def is_trained(record: dict[str, Any]) -> bool:
+    """Whether the last step is done; ``finished`` says that the merged model is there."""
+    return bool(record.get("finished") or record.get("trained"))
+
+
 def check_record(record: Any, file: str | Path = RECORD) -> dict[str, Any]:
     """The record itself, if it is of the format this version reads.
 
@@ -190,6 +199,22 @@ def as_path(given: str | os.PathLike[str], name: str) -> Path:
     return Path(given).expanduser()
 
 
+def folder_of_run(folder: str | os.PathLike[str]) -> Path:
+    """The run itself, of its folder or of a ``checkpoint-N`` inside it.
+
+    Raises:
+        RunFolderError: there is no run.
+    """
+    folder = as_path(folder, "run").absolute()
+    run = folder if checkpoint_step(folder) is None else folder.parent
+    if not is_run(run):
+        raise RunFolderError(
+            f"{folder} is not a run: there is no {run / RECORD}. Name the output_dir of "
+            "a refinement, or a checkpoint-N inside it."
+        )
+    return run
+
+
 def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     """Find the adapter and the record of a run.
 
@@ -202,12 +227,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     """
     folder = as_path(folder, "run").absolute()
     step = checkpoint_step(folder)
-    run = folder if step is None else folder.parent
-    if not is_run(run):
-        raise RunFolderError(
-            f"{folder} is not a run: there is no {run / RECORD}. Name the output_dir of "
-            "a refinement, or a checkpoint-N inside it."
-        )
+    run = folder_of_run(folder)
     record = read_record(run)
     lacking = [name for name in SECTIONS if not isinstance(record.get(name), dict)]
     if lacking:
@@ -216,10 +236,10 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
             "wrote."
         )
     adapter = run / ADAPTER if step is None else folder
-    if step is None and not record.get("finished"):
+    if step is None and not is_trained(record):
         there = ", ".join(map(checkpoint_name, checkpoint_steps(run)))
         raise RunFolderError(
-            f"{run} is not finished: continue it with --resume, or merge one of its "
+            f"{run} is not finished: continue it with --resume {run}, or merge one of its "
             f"checkpoints ({there or 'it has none yet'})."
         )
     if not (adapter / adapter_files.WEIGHTS).is_file():

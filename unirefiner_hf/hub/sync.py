@@ -41,6 +41,7 @@ from ..export.run_folder import (
     checkpoint_name,
     checkpoint_step,
     is_run,
+    is_trained,
     read_record,
     read_refiner_state,
 )
@@ -68,7 +69,7 @@ def check_publication(args: TrainingArguments, base: str, *, resume: bool) -> No
     """
     run, repo_id = Path(str(args.output_dir)), str(args.hub_model_id)
     api = HfApi(token=args.hub_token, library_name="unirefiner_hf")
-    finished = resume and is_run(run) and bool(read_record(run).get("finished"))
+    finished = resume and is_run(run) and is_trained(read_record(run))
     try:
         state = check_access(
             api,

@@ -25,9 +25,17 @@ from ..export.run_folder import (
     read_refiner_state,
     stream_file,
 )
+from ..export.whole import write_manifest
 from ..loading.adapter import CheckpointError, below, load_adapter, save_adapter
 from ..methods.objective import Objective
-from .distributed import gather_named, highest, wait_for_all, whole_trainable
+from ..outputs import put_in_place
+from .distributed import (
+    fail_together,
+    gather_named,
+    highest,
+    wait_for_all,
+    whole_trainable,
+)
 from .state_tree import load_tree, random_states, restore_random_states, save_tree
 
 
@@ -37,11 +45,13 @@ class RefinementCheckpoints(Trainer):
     - A checkpoint holds the adapter (as PEFT saves it), the learnable border if there is
       one, and the state needed to resume, all as safetensors or JSON; under DeepSpeed
       and FSDP the optimiser's state is the engine's own.
-    - It appears whole or not at all: it is written beside the run and renamed, so a kill
-      during saving leaves the one before.
+    - It appears whole or not at all: it is written beside the run, flushed to the disk and
+      renamed, so a kill or a power cut during saving leaves the one before. A list of its
+      files with their digests tells later whether it still is whole.
 
     Attributes:
         lazy_channels: channels left out of cosines, kept in every checkpoint.
+        asked: what the weights follow from, see `identity`; kept likewise.
         skipped: name -> reason of the images that could not be used.
         last_metrics: name -> last logged value of the loss and its parts.
         objective_type: class of the objective, which names its metrics; `refiner` walks
@@ -49,6 +59,7 @@ class RefinementCheckpoints(Trainer):
     """
 
     lazy_channels: list[int]
+    asked: dict[str, Any]
     skipped: dict[str, str]
     last_metrics: dict[str, float]
     objective_type: type[Objective]
@@ -123,19 +134,27 @@ class RefinementCheckpoints(Trainer):
         if failed:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(
-                f"{name} could not be written: {problem or 'another process failed'}. "
-                f"{self.last_good()} Free space in the output folder, then continue with "
-                "--resume."
-            ) from problem
+            raise self._unwritten(name, problem) from problem
         if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(staging / name, run / name)
+            try:
+                write_manifest(staging / name)
+                put_in_place(staging / name, run / name)
+            except OSError as error:
+                problem = self._unwritten(name, error)
             shutil.rmtree(staging, ignore_errors=True)
+        fail_together(problem)
+        if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run), save_total_limit=self.args.save_total_limit
             )
         wait_for_all()
+
+    def _unwritten(self, name: str, problem: Exception | None) -> CheckpointError:
+        return CheckpointError(
+            f"{name} could not be written: {problem or 'another process failed'}. "
+            f"{self.last_good()} Free space in the output folder, then continue with "
+            f"--resume {self.folder}."
+        )
 
     @property
     def is_sharded(self) -> bool:
@@ -175,6 +194,7 @@ class RefinementCheckpoints(Trainer):
             "lazy_channels": self.lazy_channels,
             "skipped": self.skipped,
             **self._shape_of_run(),
+            "asked": self.asked,
         }
         (folder / REFINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +91,27 @@ def gather_named(names: dict[str, str]) -> dict[str, str]:
     gathered: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, names)
     return {name: text for part in gathered for name, text in part.items()}
+
+
+def told_by_first(value: Any) -> Any:
+    """The first process's value, on all; to be called by every process."""
+    if not is_distributed():
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def fail_together(problem: Exception | None) -> None:
+    """Raise the first process's error on all of them, so that none waits for the others.
+
+    To be called by every process; the others give None.
+    """
+    told = told_by_first(problem if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if told is not None:
+        raise UniRefinerError(f"Process 0 stopped: {told}")
 
 
 def lost_contact(problem: Exception) -> bool:
