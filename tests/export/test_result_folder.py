@@ -20,6 +20,7 @@ from unirefiner_hf.export.result_folder import (
     is_ours,
 )
 from unirefiner_hf.export.run_folder import read_run
+from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.outputs import OutputError
 
@@ -201,7 +202,7 @@ def test_a_run_does_not_write_over_a_strangers_files(name, tmp_path):
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("years of work")
     (tmp_path / "photos").mkdir()
-    with pytest.raises(ExportError, match=f"holds {name.split('/')[0]}|not empty"):
+    with pytest.raises(UniRefinerError, match=f"holds {name.split('/')[0]}|not empty"):
         unirefiner_hf.refine(
             "nowhere/at-all", tmp_path / "photos", output_dir=str(folder), max_steps=1
         )

@@ -10,16 +10,7 @@ from pathlib import Path
 from ..modeling.errors import UniRefinerError
 from .card import own_metadata
 from .model_files import files_of, is_written
-from .run_folder import (
-    ADAPTER,
-    MERGED,
-    METRICS,
-    PICTURE,
-    PUBLISHED,
-    RECORD,
-    as_path,
-    is_run,
-)
+from .run_folder import MERGED, RECORD, as_path, is_run
 
 
 class ExportError(UniRefinerError, RuntimeError):
@@ -112,13 +103,13 @@ def holds(folder: Path, place: Path) -> bool:
 
 
 def check_run_folder(run: Path, base: Path | None) -> None:
-    """Refuse a folder in which a run would write over what is not its own.
+    """Refuse a folder that a run's merged model could not go into at its end.
 
     Args:
         base: where the backbone lies; None where it comes from elsewhere.
 
     Raises:
-        ExportError: the folder is the base's, or holds files of the names a run gives.
+        ExportError: the folder is the base's, or holds a ``merged/`` that is not ours.
     """
     if base is not None and run.exists() and run.samefile(base):
         raise ExportError(
@@ -126,15 +117,6 @@ def check_run_folder(run: Path, base: Path | None) -> None:
         )
     keep = {} if base is None else {"the base of the run": base}
     check_target(run / MERGED, keep, overwrite=True)
-    if is_run(run):
-        return
-    for name in (ADAPTER, MERGED, PUBLISHED, METRICS, PICTURE):
-        place = run / name
-        if place.is_file() or (place.is_dir() and any(place.iterdir())):
-            raise ExportError(
-                f"{run} holds {name}, and no run: a run would write over it. Name another "
-                "output_dir, or move it away."
-            )
 
 
 def check_results(folder: Path, record: str, others: Sequence[str]) -> Path:

@@ -35,6 +35,7 @@ def check_access(
     private: bool = False,
     create_pr: bool = False,
     force: bool = False,
+    new: bool = False,
 ) -> RemoteState | None:
     """Refuse what the Hub, or we, would refuse at the end.
 
@@ -44,6 +45,8 @@ def check_access(
         private: nothing of it may be public.
         create_pr: it will be proposed, which needs no right to write there.
         force: replace what another hand made.
+        new: what will be published is not there yet, so the tag must mark nothing; else it
+            may mark the newest commit, which may hold it.
 
     Returns:
         The repository; None where it has to be made.
@@ -80,7 +83,8 @@ def check_access(
     if not force:
         _check_beside(repo_id, state)
     if tag is not None:
-        explained(lambda: check_free(api, repo_id, tag, state.head), repo_id)
+        head = None if new else state.head
+        explained(lambda: check_free(api, repo_id, tag, head), repo_id)
     return state
 
 
@@ -107,8 +111,8 @@ def check_private(repo_id: str, state: RemoteState, private: bool) -> None:
         )
 
 
-def check_free(api: HfApi, repo_id: str, tag: str, head: str) -> None:
-    """Refuse a tag that marks another commit than the newest, or names a branch.
+def check_free(api: HfApi, repo_id: str, tag: str, head: str | None) -> None:
+    """Refuse a tag that marks another commit than `head`, or names a branch.
 
     Raises:
         HubError: says which.

@@ -171,6 +171,7 @@ def push(
         HubError: see `check_access`; an unknown licence, a card the Hub refuses, or a
             change by somebody else meanwhile.
         RunFolderError, ExportError, ReloadError: see there; nothing was uploaded.
+        HeldError: another command is at work in the run.
     """
     check_repo_id(repo_id)
     if create_pr and tag is not None:
@@ -195,6 +196,7 @@ def push(
     )
 
     with holding(found.folder, "push"):
+        found = read_run(run)
         base = load_refined(
             found,
             model,

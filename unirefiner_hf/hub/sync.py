@@ -36,12 +36,15 @@ from ..export.run_folder import (
     LAST,
     OPTIMIZER_STATE,
     RECORD,
+    REFINER_STATE,
     TRAINER_STATE,
     UPLOADING,
     checkpoint_name,
     checkpoint_step,
     is_run,
+    is_trained,
     read_record,
+    read_refiner_state,
 )
 from ..loading import adapter as adapter_files
 from .access import check_access, check_private
@@ -75,7 +78,7 @@ def check_publication(args: TrainingArguments, base: str, *, resume: bool) -> No
     """
     run, repo_id = Path(str(args.output_dir)), str(args.hub_model_id)
     api = HfApi(token=args.hub_token, library_name="unirefiner_hf")
-    finished = resume and is_run(run) and bool(read_record(run).get("finished"))
+    finished = resume and is_run(run) and is_trained(read_record(run))
     try:
         state = check_access(
             api,
@@ -84,6 +87,7 @@ def check_publication(args: TrainingArguments, base: str, *, resume: bool) -> No
             # The tag of a finished run may mark its own model; `push` looks at that.
             tag=None if finished else f"v{__version__}",
             private=bool(args.hub_private_repo),
+            new=not finished,
         )
     except HubError as problem:
         if "--tag" in str(problem) or "--force" in str(problem):
@@ -114,7 +118,8 @@ class HubSync(TrainerCallback):
     record, a card that says the run is not finished, and, as the strategy asks, the whole
     checkpoint in ``last-checkpoint/`` or under its own name. It runs in the background on
     hard links or copies, so that the run may delete the checkpoint meanwhile. An upload that
-    fails is reported and does not stop the run; the next one carries everything again.
+    fails is reported and does not stop the run; the next one carries everything again. Unless
+    ``hub_private_repo`` is set, names of images that could not be used stay here.
 
     The main branch stays as it is until the run is finished and `push` publishes it.
 
@@ -241,6 +246,12 @@ class HubSync(TrainerCallback):
         folder = LAST if last else checkpoint.name
         for file in _files(checkpoint):
             _link(checkpoint / file, staging / folder / file)
+        if not self.private:
+            # Names of the user's own files, which a resumed run finds again.
+            state = staging / folder / REFINER_STATE
+            told = read_refiner_state(checkpoint)
+            state.unlink()
+            state.write_text(json.dumps({**told, "skipped": {}}), encoding="utf-8")
         return folder
 
     def _commit(self, staging: Path, folder: str | None, step: int) -> CommitInfo:

@@ -95,6 +95,7 @@ HARMLESS = frozenset(
         "inference_register_width",
         "keep_text",
         "model_license",
+        "publish_pictures",
         "push_to_hub",
         # Who reads the images, and how far ahead; a stream keeps its order, see `streams`.
         "dataloader_multiprocessing_context",

@@ -71,11 +71,13 @@ def check_places(model: Model, args: UniRefinerArguments) -> None:
         ExportError: the run's folder holds what is not its own; see `check_run_folder`.
         HubError: the run is to be published and could not be; see `check_publication`.
     """
-    if args.process_index:
-        return
+    _by_first(args, _check_places, model, args)
+
+
+def _check_places(model: Model, args: UniRefinerArguments) -> None:
     check_run_folder(Path(str(args.output_dir)), folder_of(model))
     if args.push_to_hub:
-        check_publication(args, public_name(model), resume=args.resume)
+        check_publication(args, public_name(model), resume=bool(args.resume))
 
 
 def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
