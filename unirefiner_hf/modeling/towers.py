@@ -28,6 +28,12 @@ from .families import (
     part_of,
     patch_size_of,
 )
+from .files import (
+    check_finite_weights,
+    check_model,
+    check_reachable,
+    refuse_report,
+)
 from .own_towers import own_models, published_config
 
 # transformers has this class, but its AutoModel does not know it. By name: a model may not
@@ -53,7 +59,9 @@ def tower_config(
         UniRefinerError: no such checkpoint, a config that cannot be read, an unknown
             model type, or a variant of those two that is not supported.
     """
-    with translated(f"{name_or_path} cannot be loaded"):
+    check_model(name_or_path)
+    check_reachable(name_or_path, revision)
+    with translated(f"{name_or_path} cannot be loaded", Exception):
         published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
         return published_config(published) or AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -61,17 +69,20 @@ def tower_config(
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
+def translated(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Make what transformers and the Hub refuse inside a `UniRefinerError`.
 
     Args:
         what: names what was asked for, and that it cannot be had.
+        kinds: of further errors, where a config that nobody checked is built.
     """
     try:
         yield
     except UniRefinerError:
         raise
-    except _REFUSALS as problem:
+    except Exception as problem:
+        if not isinstance(problem, (*_REFUSALS, *kinds)):
+            raise
         raise UniRefinerError(f"{what}: {problem}") from problem
 
 
@@ -165,8 +176,8 @@ def load_tower(
 
     Raises:
         UniRefinerError: no such checkpoint, an unsupported family, weights that are
-            pickled, damaged, missing from the checkpoint, of another shape or of no known
-            part, or an attention or quantisation that is not there.
+            pickled, damaged, missing from the checkpoint, of another shape, of no known
+            part or not finite, or an attention or quantisation that is not there.
     """
     config = tower_config(
         name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -181,7 +192,7 @@ def load_tower(
     logging.set_verbosity_error()
     try:
         with (
-            translated(f"{name_or_path} cannot be loaded"),
+            translated(f"{name_or_path} cannot be loaded", Exception),
             _without_pickle(name_or_path),
         ):
             tower, report = AutoModel.from_pretrained(
@@ -201,26 +212,13 @@ def load_tower(
         logging.set_verbosity(verbosity)
     prefix = f"{tower.base_model_prefix}."
     unknown = {str(key).removeprefix(prefix) for key in report["unexpected_keys"]}
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "of another shape": sorted(
-            f"{key}: {tuple(given)}, not {tuple(needed)}"
-            for key, given, needed in report["mismatched_keys"]
-        ),
-        "unknown": sorted(
-            key for key in unknown if key.split(".")[0] not in family.other_parts
-        ),
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {what} ({', '.join(keys[:3])})"
-            for what, keys in problems.items()
-            if keys
-        )
-        raise UniRefinerError(
-            f"{name_or_path} does not fit {type(tower).__name__}: {listed}. "
-            "Use the checkpoint of a vision tower as it was published."
-        )
+    refuse_report(
+        {**report, "unexpected_keys": unknown},
+        name_or_path,
+        type(tower).__name__,
+        family.other_parts,
+    )
+    check_finite_weights(tower, name_or_path)
     check_tower(tower)
     return tower
 
