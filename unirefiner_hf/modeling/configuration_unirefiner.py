@@ -146,7 +146,12 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features = kwargs.pop("out_features", None)
         out_indices = kwargs.pop("out_indices", None)
         kwargs.pop("stage_names", None)
-        kwargs.pop("model_type", None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            raise UniRefinerError(
+                f"This is the config of a {kind!r}, not of a refined checkpoint. Of a "
+                "bare backbone make one by UniRefinerModel.from_tower(name_or_folder)."
+            )
         self._refuse_unknown(kwargs)
         if isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)

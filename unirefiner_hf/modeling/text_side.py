@@ -32,8 +32,7 @@ from .configuration_unirefiner import UniRefinerConfig
 from .dense_text import BLOCK
 from .errors import UniRefinerError
 from .families import DUAL_ENCODERS, FAMILIES
-from .towers import translated
-from .weight_files import check_weights, find_file
+from .weight_files import check_weights, find_file, translated
 
 TEXT = "text"
 """Folder of a refined checkpoint that keeps the text side."""

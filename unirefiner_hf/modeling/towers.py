@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,8 +24,14 @@ from .families import (
     part_of,
     patch_size_of,
 )
+from .files import (
+    check_finite_weights,
+    check_model,
+    check_reachable,
+    refuse_report,
+)
 from .own_towers import own_models, published_config
-from .weight_files import check_no_adapter, check_weights, pickled_alone
+from .weight_files import check_no_adapter, check_weights, translated
 
 # transformers has this class, but its AutoModel does not know it. By name: a model may not
 # be imported here, since transformers' own imports may have brought us here.
@@ -39,10 +41,6 @@ MODEL_MAPPING_NAMES.setdefault("metaclip_2_vision_model", "MetaClip2VisionModel"
 _OWN = own_models()
 for _model in _OWN.values():
     AutoModel.register(_model.config_class, _model, exist_ok=True)
-
-# What transformers, the Hub and safetensors raise for what was named or asked for: no such
-# model, another format, a damaged file, an attention or a library that is not there.
-_REFUSALS = (OSError, ValueError, ImportError, StrictDataclassError, SafetensorError)
 
 
 def tower_config(
@@ -55,29 +53,14 @@ def tower_config(
             cannot be read, an unknown model type, or a variant of those two that is not
             supported.
     """
-    with translated(f"{name_or_path} cannot be loaded"):
+    check_model(name_or_path)
+    check_reachable(name_or_path, revision)
+    with translated(f"{name_or_path} cannot be loaded", Exception):
         check_no_adapter(name_or_path, revision=revision)
         published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
         return published_config(published) or AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
         )
-
-
-@contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Make what transformers and the Hub refuse inside a `UniRefinerError`.
-
-    Args:
-        what: names what was asked for, and that it cannot be had.
-    """
-    try:
-        yield
-    except UniRefinerError:
-        raise
-    except _REFUSALS as problem:
-        if "cannot be loaded with `safetensors`" in str(problem):
-            raise UniRefinerError(f"{what}: {pickled_alone('it')}") from problem
-        raise UniRefinerError(f"{what}: {problem}") from problem
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
@@ -170,8 +153,8 @@ def load_tower(
 
     Raises:
         UniRefinerError: no such checkpoint, an unsupported family, weights that are
-            pickled, damaged, missing from the checkpoint, of another shape or of no known
-            part, or an attention or quantisation that is not there.
+            pickled, damaged, missing from the checkpoint, of another shape, of no known
+            part or not finite, or an attention or quantisation that is not there.
     """
     config = tower_config(
         name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -185,7 +168,7 @@ def load_tower(
     # Other parts are left out on purpose; the check below replaces the report.
     logging.set_verbosity_error()
     try:
-        with translated(f"{name_or_path} cannot be loaded"):
+        with translated(f"{name_or_path} cannot be loaded", Exception):
             check_weights(name_or_path, revision=revision)
             tower, report = AutoModel.from_pretrained(
                 name_or_path,
@@ -204,26 +187,13 @@ def load_tower(
         logging.set_verbosity(verbosity)
     prefix = f"{tower.base_model_prefix}."
     unknown = {str(key).removeprefix(prefix) for key in report["unexpected_keys"]}
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "of another shape": sorted(
-            f"{key}: {tuple(given)}, not {tuple(needed)}"
-            for key, given, needed in report["mismatched_keys"]
-        ),
-        "unknown": sorted(
-            key for key in unknown if key.split(".")[0] not in family.other_parts
-        ),
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {what} ({', '.join(keys[:3])})"
-            for what, keys in problems.items()
-            if keys
-        )
-        raise UniRefinerError(
-            f"{name_or_path} does not fit {type(tower).__name__}: {listed}. "
-            "Use the checkpoint of a vision tower as it was published."
-        )
+    refuse_report(
+        {**report, "unexpected_keys": unknown},
+        name_or_path,
+        type(tower).__name__,
+        family.other_parts,
+    )
+    check_finite_weights(tower, name_or_path)
     check_tower(tower)
     return tower
 

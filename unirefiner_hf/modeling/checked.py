@@ -1,0 +1,57 @@
+"""Loading a model of ours: whole, finite and of its own kind, or an error that says why."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from .files import check_finite_weights, check_model, refuse_report
+from .weight_files import PLACE, check_weights, translated
+
+Loaded = TypeVar("Loaded")
+
+
+class CheckedModel:
+    """A model that does not load with weights missing, as transformers' do with a warning.
+
+    Put it before `PreTrainedModel`. Weights are read from safetensors;
+    ``use_safetensors=False`` asks for a pickle, and gets it.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Loaded], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Loaded:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Args:
+            output_loading_info: return ``(model, report)``; what is missing is then for the
+                caller to judge.
+
+        Raises:
+            WeightFilesError: see `check_weights`.
+            UniRefinerError: no such checkpoint, a damaged file (names it), a checkpoint of
+                another model, or weights that are missing, unknown, of another shape or not
+                finite.
+        """
+        name = pretrained_model_name_or_path
+        check_model(name)
+        if name is not None and kwargs.setdefault("use_safetensors", True):
+            place = {part: kwargs[part] for part in PLACE if kwargs.get(part)}
+            check_weights(str(name), **place)
+        reported = kwargs.pop("output_loading_info", False)
+        # Reported, and refused below.
+        kwargs.setdefault("ignore_mismatched_sizes", True)
+        with translated(f"{name} cannot be loaded", Exception):
+            parent: Any = super(CheckedModel, cls)  # type: ignore[arg-type, misc]
+            loaded = parent.from_pretrained(
+                name, *args, output_loading_info=True, **kwargs
+            )
+        model, report = loaded
+        if reported:
+            return loaded
+        refuse_report(report, str(name), cls.__name__)
+        check_finite_weights(model, str(name))
+        return model
+
+
+__all__ = ["CheckedModel"]
