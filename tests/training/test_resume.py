@@ -14,6 +14,7 @@ from unirefiner_hf import (
     UniRefinerError,
     UniRefinerSettings,
     UniRefinerTrainer,
+    load_recipe,
     merge,
     refine,
 )
@@ -29,7 +30,12 @@ from unirefiner_hf.methods.base import load_trainable
 from unirefiner_hf.methods.registry import method_settings
 from unirefiner_hf.training import asked_of_run
 from unirefiner_hf.training.arguments import UniRefinerArguments
-from unirefiner_hf.training.asked_of_run import HARMLESS, OtherRunError, identity
+from unirefiner_hf.training.asked_of_run import (
+    HARMLESS,
+    OtherRunError,
+    differences,
+    identity,
+)
 from unirefiner_hf.training.keywords import ARGUMENTS
 from unirefiner_hf.training.start import RunError
 
@@ -308,6 +314,24 @@ def test_a_checkpoint_of_an_earlier_version_is_told(run, caplog):
         refine(resume=run)
     with pytest.raises(UniRefinerError, match="holds no run that could be continued"):
         refine(resume=run.parent)
+
+
+def test_what_an_earlier_version_did_not_know_is_as_nobody_asks(tmp_path):
+    args = UniRefinerArguments(str(tmp_path), use_cpu=True, weight_decay=0.2)
+    now = identity(args, UniRefinerSettings())
+    lacking = ("accelerator_config", "weight_decay", "lazy_channels")
+    before = {name: value for name, value in now.items() if name not in lacking}
+    assert differences(before, now) == {"weight_decay": (0.1, 0.2)}
+    assert differences({**now, "gone": 1}, now) == {}
+
+
+def test_args_and_a_run_both_say_how(run, tmp_path):
+    args = UniRefinerArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(RunError, match="args is a UniRefinerArguments, and resume="):
+        refine(resume=run, args=args)
+    recipe = load_recipe("demo", output_dir=str(tmp_path))
+    with pytest.raises(RunError, match="recipe is a Recipe, and resume="):
+        refine(resume=run, recipe=recipe)
 
 
 def test_one_digest_in_every_precision_and_with_an_adapter(places):

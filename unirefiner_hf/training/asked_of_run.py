@@ -165,15 +165,18 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Name -> (recorded, asked for), of all that differs between two identities.
 
-    Of another method, that alone is told. What an earlier version did not know stands for
-    its default.
+    Of another method, that alone is told. What an earlier version did not know has to be
+    as it is where nobody asks for it.
     """
     if before.get("method") != now.get("method"):
         return {"method": (before.get("method"), now.get("method"))}
-    defaults = _defaults(UniRefinerArguments)
+    unasked: Mapping[str, Any] = {}
+    if not before.keys() >= now.keys() and "method" in now:
+        kind = method_named(now["method"])
+        unasked = identity(UniRefinerArguments("."), kind())
     found = {}
     for name, value in now.items():
-        recorded = before.get(name, defaults.get(name, value))
+        recorded = before.get(name, unasked.get(name, value))
         if recorded != value:
             found[name] = (recorded, value)
     return found
