@@ -349,6 +349,24 @@ def test_one_digest_in_every_precision_and_with_an_adapter(places):
     assert base_sha256(base.model) not in digests
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "cannot be read"),
+        ("[]", "is of format None, expected 1"),
+        ('{"format": 2}', "is of format 2"),
+        (
+            '{"format": 1, "model": 3, "data": null}',
+            "tell model, method, settings, args",
+        ),
+    ],
+)
+def test_a_damaged_record_is_told(run, content, told):
+    (run / ASKED).write_text(content)
+    with pytest.raises(UniRefinerError, match=f"asked.json {told}"):
+        refine(resume=run)
+
+
 # What is whole of it
 
 HARM = {
