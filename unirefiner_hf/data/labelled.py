@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UniRefinerError
+from ..modeling.files import read_json
 from .images import list_images, load_rgb
 from .layouts import IGNORE, LAYOUTS
 from .tables import load_table, source_of
@@ -325,7 +325,13 @@ def class_labels(
     elif num_classes is not None:
         names = tuple(map(str, range(num_classes)))
     elif file is not None and file.is_file():
-        names = tuple(json.loads(file.read_text())["classes"])
+        told = read_json(file).get("classes")
+        if not isinstance(told, list) or not all(isinstance(n, str) for n in told):
+            raise LabelError(
+                f'{file} lists no classes: write {{"classes": [names]}} into it, in the '
+                "order of the labels."
+            )
+        names = tuple(told)
     else:
         raise LabelError(
             f"Nothing says how many classes {'the set' if held else data} has: set "

@@ -344,13 +344,18 @@ def image_size(asked: int | None, config: PreTrainedConfig, patch: int) -> int:
     """Side of the images in pixels: the one asked for, or that of the pre-training.
 
     Raises:
-        BackboneError: it does not divide into patches.
+        BackboneError: it does not divide into patches, or is one.
     """
     size = image_size_of(config) if asked is None else asked
     if asked is None:
         size = size // patch * patch
+    if size == patch:
+        raise BackboneError(
+            f"image_size is {size}, a single patch: use {2 * patch} or more, in steps of "
+            f"{patch}."
+        )
     if size < patch or size % patch:
-        low = max(patch, size // patch * patch)
+        low = max(2 * patch, size // patch * patch)
         raise BackboneError(
             f"image_size is {size}, which does not divide into patches of {patch}: use "
             f"{low} or {low + patch}."
