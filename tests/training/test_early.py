@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 
 from tests.training.conftest import refine
@@ -50,6 +51,20 @@ def test_it_is_told_before_the_backbone_is_loaded(given, said, arguments, monkey
     monkeypatch.setattr(trainer, "load_trainable", None)
     with pytest.raises(UniRefinerError, match=said):
         refine(*arguments(**given))
+
+
+def test_a_table_without_rows_or_of_junk_is_named(arguments, tmp_path):
+    empty, junk = tmp_path / "empty.parquet", tmp_path / "junk.parquet"
+    datasets.Dataset.from_dict({"image": []}).to_parquet(str(empty))
+    junk.write_bytes(b"junk" * 99)
+    for file, said in ((empty, "has no rows"), (junk, "cannot be read as a data set")):
+        with pytest.raises(UniRefinerError, match=f"{file.name} {said}"):
+            refine(*arguments(data={"data": str(file)}))
+
+
+def test_a_rank_beyond_the_channels_is_refused(arguments):
+    with pytest.raises(UniRefinerError, match="lora_rank is 33; .* have 32 channels"):
+        refine(*arguments(model={"lora_rank": 33}))
 
 
 @pytest.mark.parametrize(

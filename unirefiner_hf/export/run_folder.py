@@ -175,7 +175,15 @@ def read_evaluation(file: Path) -> list[dict[str, Any]]:
 
 def read_refiner_state(checkpoint: Path) -> dict[str, Any]:
     """Lazy channels and skipped images a checkpoint recorded."""
-    return read_json(checkpoint / REFINER_STATE)
+    state = read_json(checkpoint / REFINER_STATE)
+    kinds = {"lazy_channels": list, "skipped": dict}
+    lacking = [k for k, kind in kinds.items() if not isinstance(state.get(k), kind)]
+    if lacking:
+        raise RunFolderError(
+            f"{checkpoint / REFINER_STATE} lacks {', '.join(lacking)}: go back to another "
+            "checkpoint."
+        )
+    return state
 
 
 def as_path(given: str | os.PathLike[str], name: str) -> Path:

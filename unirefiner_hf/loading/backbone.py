@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..errors import UniRefinerError, as_users
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.families import DUAL_ENCODERS, family_of, image_size_of
+from ..modeling.files import check_model
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -104,6 +105,7 @@ def load_backbone(
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         source, name = backbone_source(model)
+        check_model(source)
         if args.revision is not None and Path(source).is_dir():
             raise BackboneError(
                 f"revision is {args.revision!r}, and {name} is a folder: {IN_MEMORY['revision']}. "
