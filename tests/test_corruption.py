@@ -82,6 +82,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Place:
     words = place.refine(place.base)
     words[words.index(str(place.out))] = str(place.run)
     assert main([*words, "--save_steps", "1"]) == 0
+    assert main(place.evaluate(place.run)) == 0
     return place
 
 
@@ -176,6 +177,7 @@ def test_verify_of_a_merged_folder(file, sound, capsys, tmp_path):
     "file",
     [
         "run.json",
+        "merged/evaluation.json",
         "metrics.json",
         "before_after.png",
         "adapter/adapter_model.safetensors",
