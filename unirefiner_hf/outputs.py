@@ -32,6 +32,18 @@ class OutputError(UniRefinerError):
     """Something cannot be written where it should be."""
 
 
+class UnwrittenError(OutputError):
+    """What was measured could not be written; it is not lost.
+
+    Attributes:
+        result: what was measured.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 def check_file(path: str | Path) -> Path:
     """Refuse a path that no file can be written to, before anything is measured.
 

@@ -177,3 +177,18 @@ def test_what_is_no_checkpoint(tower_folder, refined, tmp_path, monkeypatch):
     file.write_text(json.dumps({**settings, "image_mean": None}))
     with pytest.raises(UniRefinerError, match="states no image_mean"):
         load_checkpoint(tmp_path / "r")
+
+
+def test_a_published_intern_vit_folder_loads_without_its_code(tmp_path):
+    config = intern_config()
+    config["auto_map"] = {
+        "AutoConfig": "configuration_intern_vit.InternVisionConfig",
+        "AutoModel": "modeling_intern_vit.InternVisionModel",
+    }
+    write(tmp_path, config, intern_weights(intern_config()))
+    settings = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 8}
+    settings |= {"crop_size": 8, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    checkpoint = load_checkpoint(tmp_path)
+    pixels = torch.zeros(1, 3, 2 * checkpoint.patch_size, 2 * checkpoint.patch_size)
+    assert checkpoint.feature_map(pixels).shape[2:] == (2, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UniRefinerError
+from ..modeling.files import read_json
 from .folders import HIDDEN, LOCKED, Contents, check_images, look_through
 from .images import ImageError, decoding, load_upright, opened, orientation, turned
 from .layouts import IGNORE, LAYOUTS
@@ -377,7 +377,13 @@ def class_labels(
     elif num_classes is not None:
         names = tuple(map(str, range(num_classes)))
     elif file is not None and file.is_file():
-        names = tuple(json.loads(file.read_text())["classes"])
+        told = read_json(file).get("classes")
+        if not isinstance(told, list) or not all(isinstance(n, str) for n in told):
+            raise LabelError(
+                f'{file} lists no classes: write {{"classes": [names]}} into it, in the '
+                "order of the labels."
+            )
+        names = tuple(told)
     else:
         raise LabelError(
             f"Nothing says how many classes {'the set' if held else data} has: set "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ def load_table(
                 "data_config", config_name, path.name, "sets on the Hub have one"
             )
         if is_saved(path):
-            table = datasets.load_from_disk(str(path))
+            with _reading(path.name):
+                table = datasets.load_from_disk(str(path))
             if isinstance(table, datasets.DatasetDict):
                 if split not in table:
                     raise ImageError(
@@ -99,9 +102,10 @@ def load_table(
         else:
             files = _tables_of(look_through(path), split, report)
         names = [str(file) for file in files]
-        return datasets.load_dataset(
-            builder, data_files={"train": names}, split="train", streaming=streaming
-        )
+        with _reading(path.name):
+            return datasets.load_dataset(
+                builder, data_files={"train": names}, split="train", streaming=streaming
+            )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data) or data.startswith("."):
         raise ImageError(f"{data}: there is no such folder or file.")
     try:
@@ -149,6 +153,20 @@ def _tables_of(contents: Contents, split: str, report: DataReport | None) -> lis
                 f"beside {tables[0].suffix} files, which are read in its place"
             )
     return picked
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What `datasets` raises of files here is about the files, whatever its class."""
+    try:
+        yield
+    except Exception as problem:
+        if "corresponds to no data" in str(problem):
+            raise ImageError(
+                f"{name} has no rows: there is no image in it."
+            ) from problem
+        cause = problem.__cause__ or problem
+        raise ImageError(f"{name} cannot be read as a data set: {cause}") from problem
 
 
 def source_of(value: Any) -> Any:

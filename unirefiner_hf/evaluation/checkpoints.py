@@ -24,6 +24,7 @@ from ..loading.starter import starter_tower
 from ..methods.registry import current_name, guessed_name, is_control, title_of
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.errors import UniRefinerError
+from ..modeling.files import check_finite
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import load_tower, tower_config
 
@@ -90,18 +91,41 @@ class Checkpoint:
         """`pixels`, rounded up to whole patches."""
         return -(-pixels // self.patch_size) * self.patch_size
 
+    def check_grid(self, pixels: int) -> None:
+        """Refuse a side too short for measures that compare neighbours.
+
+        Raises:
+            UniRefinerError: it is of a single patch.
+        """
+        if self.side(pixels) < 2 * self.patch_size:
+            raise UniRefinerError(
+                f"size is {pixels}, one patch of {self.patch_size} pixels a side: two are "
+                f"needed to compare, from {self.patch_size + 1} pixels on."
+            )
+
+    def _finite(self, tokens: Tensor) -> Tensor:
+        """Float32 tokens; refuses what is NaN or infinite."""
+        tokens = tokens.float()
+        check_finite(
+            [("tokens", tokens)],
+            f"The tokens of {self.name}",
+            "Nothing can be measured: load it in float32, or look at its weights.",
+        )
+        return tokens
+
     @torch.no_grad()
     def feature_map(self, pixel_values: Tensor) -> Tensor:
         """Patch tokens ``(batch, hidden, rows, columns)`` of the last layer, float32."""
         outputs = self.model(pixel_values, register_width=self.register_width)
-        return outputs.feature_map.float()
+        return self._finite(outputs.feature_map)
 
     @torch.no_grad()
     def tokens_and_summary(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """The feature map, and the pooled token ``(batch, hidden)`` where there is one."""
         outputs = self.model(pixel_values, register_width=self.register_width)
         pooled = outputs.pooler_output
-        return outputs.feature_map.float(), None if pooled is None else pooled.float()
+        features = self._finite(outputs.feature_map)
+        return features, None if pooled is None else self._finite(pooled)
 
 
 Source: TypeAlias = str | Path | Checkpoint | UniRefinerModel

@@ -55,6 +55,7 @@ from ..spurious.settings import FilterSettings
 from .augment import resize_labels
 from .checkpoints import Checkpoint
 from .metric_modules.dense_knn import DenseKnn
+from .metrics import check_measures
 
 SHIFTS = ((0, 1), (1, 0), (1, 2), (2, 1))
 """Shifts in patches, rows and columns, of the views of the shift residual."""
@@ -137,6 +138,7 @@ def measure_cleanliness(
         raise UniRefinerError(
             f"{base.name} was measured on {base.images} images, these are {len(images)}."
         )
+    checkpoint.check_grid(size)
     side, device = checkpoint.side(size), checkpoint.model.device
 
     def pixels(image: Image.Image) -> Tensor:
@@ -180,6 +182,7 @@ def _summary(checkpoint: Checkpoint, found: _Collected) -> Cleanliness:
     values.update(neighbour_similarity(tokens, torch.cat(found.colours), grid))
     thresholds = [diagnosis.yardstick for diagnosis in found.diagnoses]
     name = checkpoint.name
+    check_measures(name, values)
     return Cleanliness(name, values, len(tokens), fpgp, ah, thresholds, grid)
 
 

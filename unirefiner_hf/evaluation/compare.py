@@ -217,6 +217,7 @@ def compare(
         processing_class=processing_class,
         trust_remote_code=trust_remote_code,
     )
+    first.check_grid(size)
     side = first.side(size)
     row, column = _patch_at(click, size, side // first.patch_size)
     resample = first.reading.resample

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..data.labelled import LabelError, LabelledImages
+from ..modeling.files import check_finite
 from .augment import distort, normalised, resize_labels
 from .checkpoints import Checkpoint
 from .metric_modules.depth_errors import DepthErrors
@@ -195,6 +196,11 @@ def _train(
         optimiser.step()
         schedule.step()
     assert head is not None
+    check_finite(
+        head.state_dict().items(),
+        f"The weights of the probe of seed {seed}",
+        "It diverged: lower depth_lr.",
+    )
     return head.eval()
 
 

@@ -14,13 +14,16 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data.labelled import IGNORE, ClassLabels, LabelledImages
+from ..data.labelled import IGNORE, ClassLabels, LabelError, LabelledImages
+from ..modeling.files import check_finite
 from .augment import CropSettings, normalised, resize_labels, training_crop
 from .checkpoints import Checkpoint
 from .metric_modules.mean_iou import MeanIou
 from .metrics import SegmentationScores
 from .settings import SegmentationSettings
 
+BLIND = 100
+"""Batches without a label that a probe is trained on before it is refused."""
 FAST_SCALE = 4
 """The fast mode trains on labels this many times finer than the token grid."""
 
@@ -114,6 +117,10 @@ def train_head(
     Args:
         batches: features ``(batch, channels, rows, columns)`` and labels ``(batch,
             height, width)``, 255 ignored; class scores are resized to the labels.
+
+    Raises:
+        LabelError: no pixel of the first `BLIND` batches counts.
+        UniRefinerError: the head diverged.
     """
     head.train()
     optimiser = torch.optim.AdamW(
@@ -125,20 +132,43 @@ def train_head(
         optimiser,
         lambda step: learning_rate_share(step, steps, settings.warmup, settings.power),
     )
-    for _ in tqdm(range(steps), desc=title, leave=False, disable=processes()[0] > 0):
+    labelled = torch.zeros((), dtype=torch.long)
+    shown = tqdm(range(steps), desc=title, leave=False, disable=processes()[0] > 0)
+    for step in shown:
         features, labels = next(batches)
         scores = resized(head(features), labels.shape[-2:])
         loss = functional.cross_entropy(
             scores, labels, ignore_index=IGNORE, reduction="sum"
         )
-        loss = loss / (labels != IGNORE).sum().clamp_min(1)
+        counted = (labels != IGNORE).sum()
+        labelled = labelled.to(counted) + counted
+        if step in (min(steps, BLIND) - 1, steps - 1):
+            _check_labelled(labelled, step + 1)
+        loss = loss / counted.clamp_min(1)
         optimiser.zero_grad()
         loss.backward()
         _average_gradients(head)
         optimiser.step()
         schedule.step()
     _share_statistics(head)
+    check_finite(
+        head.state_dict().items(),
+        f"The weights of the {title or 'probe'}",
+        "It diverged: lower probe_lr.",
+    )
     head.eval()
+
+
+def _check_labelled(labelled: Tensor, steps: int) -> None:
+    """Refuse to go on with a probe that saw no label; to be called by every process."""
+    if processes()[1] > 1:
+        labelled = labelled.clone()
+        dist.all_reduce(labelled)
+    if not int(labelled):
+        raise LabelError(
+            f"No pixel of the first {steps} batches has a label that counts: the probe "
+            "learns nothing. Look at the labels of the training split, and at ignore_label."
+        )
 
 
 def resized(scores: Tensor, size: Sequence[int]) -> Tensor:
@@ -240,10 +270,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """Tokens of whole images at one size, in half precision.
+    """Tokens of whole images at one size, in half precision where they fit it.
 
     Attributes:
-        features: ``(images, channels, rows, columns)`` float16.
+        features: ``(images, channels, rows, columns)`` float16; float32 where some are
+            beyond its 65504.
         labels: ``(images, height, width)`` int64 at `FAST_SCALE` times the grid.
     """
 
@@ -281,10 +312,10 @@ def cache_tokens(
     def encode() -> None:
         if pixels:
             stack = torch.stack(pixels).to(device)
-            features.append(checkpoint.feature_map(stack).half().cpu())
+            features.append(_compact(checkpoint.feature_map(stack)))
             if mirrored:
                 flipped_features.append(
-                    checkpoint.feature_map(stack.flip(-1)).half().cpu()
+                    _compact(checkpoint.feature_map(stack.flip(-1)))
                 )
             pixels.clear()
 
@@ -301,6 +332,12 @@ def cache_tokens(
     if mirrored:
         labels = torch.cat((labels, labels.flip(-1)))
     return CachedTokens(torch.cat(features + flipped_features), labels), whole
+
+
+def _compact(features: Tensor) -> Tensor:
+    """On the CPU, in float16 where all of them stay finite."""
+    half = features.half()
+    return (half if torch.isfinite(half).all() else features.float()).cpu()
 
 
 def _fast_run(

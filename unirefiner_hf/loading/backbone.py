@@ -19,6 +19,7 @@ from ..data.pixels import PixelReading
 from ..errors import UniRefinerError, as_users
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.families import DUAL_ENCODERS, family_of, image_size_of
+from ..modeling.files import check_model
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -102,6 +103,7 @@ def load_backbone(
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         source, name = backbone_source(model)
+        check_model(source)
         if args.revision is not None and Path(source).is_dir():
             raise BackboneError(
                 f"revision is {args.revision!r}, and {name} is a folder: {IN_MEMORY['revision']}. "
@@ -313,19 +315,24 @@ def image_size(asked: Any, config: PreTrainedConfig, patch: int) -> tuple[int, i
         asked: a side, height and width, or None.
 
     Raises:
-        BackboneError: one of them does not divide into patches.
+        BackboneError: one of them does not divide into patches, or they are one patch.
     """
     if asked is None:
         asked = image_size_of(config) // patch * patch
     size = both_sides(asked)
+    given = " ".join(map(str, dict.fromkeys(size)))
     for side in size:
         if side < patch or side % patch:
-            low = max(patch, side // patch * patch)
-            given = " ".join(map(str, dict.fromkeys(size)))
+            low = max(2 * patch, side // patch * patch)
             raise BackboneError(
                 f"image_size is {given}, which does not divide into patches of {patch}: use "
                 f"{low} or {low + patch} for {side}."
             )
+    if size == (patch, patch):
+        raise BackboneError(
+            f"image_size is {given}, a single patch: use {2 * patch} or more, in steps of "
+            f"{patch}."
+        )
     return size
 
 

@@ -86,7 +86,9 @@ from .distributed import (
     wait_for_all,
     wait_long_for_all,
 )
+from .early import check_early
 from .fields import to_words
+from .finite import FiniteWeights, Rejections
 from .keywords import settle
 from .record import finished_record, metrics_of, started_record
 from .split import check_split
@@ -137,7 +139,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
     - checkpoints are those of `RefinementCheckpoints`;
     - loss terms, clean ratio and the share each filter rejects are averaged over
       steps and processes and logged with the loss;
-    - a loss that is not finite in one process stops all before the weights change;
+    - a loss that is not finite in one process stops all before the weights change, as do
+      gradients; so do filters that reject every token, batch after batch;
     - whatever a batch draws (crops, strips, dropout) follows from the seed and the
       batch's place in the run, so it does not matter which process computes it;
     - images the data set had to skip are counted in `skipped`, in every process;
@@ -210,6 +213,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
             check_float8(args.device)
+        check_early(train_dataset, args)
         set_seed(args.seed)
         load_whole()
         self._given = (model, processing_class)
@@ -251,6 +255,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             settle_stream(self.total_batch, args)
 
         self.skipped: dict[str, str] = {}
+        self._rejections = Rejections()
         self.last_metrics: dict[str, float] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._drawn = (-1, 0)
@@ -310,6 +315,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self.graceful_stop = GracefulStop(lambda n: highest(n, self.args.device))
         self.add_callback(self.graceful_stop)
         self.add_callback(StepsAsAsked())
+        self.add_callback(FiniteWeights(self.last_good))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(PrinterCallback if args.disable_tqdm else RefinementProgress)
@@ -633,6 +639,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
         Raises:
             NonFiniteLossError: names the terms that are not finite and the step.
+            AllRejectedError: the filters rejected everything, batch after batch.
         """
         self.skipped.update(inputs.get("skipped", ()))
         if isinstance(self.train_dataset, RefinementStream):
@@ -702,8 +709,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
         ]
         values = torch.stack([outputs[name].detach().float() for name in names])
         finite = bool(torch.isfinite(values).all())
-        if not highest(int(not finite), values.device):
+        rejected = self._rejections.too_many(outputs)
+        worst = highest(int(rejected) if finite else 2, values.device)
+        if not worst:
             return
+        if worst == 1:
+            raise self._rejections.error(self.state.global_step + 1, outputs)
         if finite:
             raise NonFiniteLossError(
                 f"Step {self.state.global_step + 1}: a loss of another process is not "
