@@ -12,7 +12,7 @@ from unirefiner_hf.outputs import put_in_place, whole_folder, write_whole
 def order(monkeypatch):
     """What is flushed and renamed, in order, by name."""
     seen = []
-    flush, replace, sync = outputs.flush, os.replace, os.fsync
+    flush, replace = outputs.flush, os.replace
 
     def noted(path):
         seen.append(f"flush {path.name}")
@@ -22,19 +22,26 @@ def order(monkeypatch):
         seen.append(f"rename to {target.name}")
         replace(source, target)
 
-    def synced(descriptor):
-        seen.append("fsync")
-        sync(descriptor)
-
     monkeypatch.setattr(outputs, "flush", noted)
     monkeypatch.setattr(outputs.os, "replace", renamed)
-    monkeypatch.setattr(outputs.os, "fsync", synced)
     return seen
+
+
+def test_flushing_syncs(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        outputs.os, "fsync", lambda d: synced.append(os.fstat(d).st_ino)
+    )
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        outputs.flush(path)
+    assert synced == [tmp_path.stat().st_ino, (tmp_path / "file").stat().st_ino]
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, order):
     write_whole(tmp_path / "a.json", b"new")
-    assert order[:3] == ["fsync", "rename to a.json", f"flush {tmp_path.name}"]
+    assert order[0].startswith("flush .a.json.")
+    assert order[1:] == ["rename to a.json", f"flush {tmp_path.name}"]
     assert (tmp_path / "a.json").read_bytes() == b"new"
 
 
@@ -44,8 +51,9 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, order):
         for name in ("one", "below/two"):
             (draft / name).write_text(name)
     named = order.index("rename to merged")
-    flushed = {entry for entry in order[:named] if entry.startswith("flush")}
-    assert flushed == {f"flush {n}" for n in ("one", "two", "below", draft.name)}
+    assert set(order[:named]) == {
+        f"flush {name}" for name in ("one", "two", "below", draft.name)
+    }
     assert order[named + 1] == f"flush {tmp_path.name}"
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 

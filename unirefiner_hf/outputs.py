@@ -78,15 +78,11 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     draft = _draft(path)
     raw = content.encode("utf-8") if isinstance(content, str) else content
     try:
-        with draft.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        draft.write_bytes(raw)
+        put_in_place(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    flush(path.parent)
     return path
 
 
@@ -117,16 +113,16 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def put_in_place(draft: Path, folder: Path) -> None:
-    """Flush a folder that is written, and give it its name; what had the name goes.
+    """Flush what is written, and give it its name; what had the name goes.
 
     Args:
-        draft: on the same file system.
+        draft: a folder, or a file, on the same file system.
 
     Raises:
         OSError: the disk is full, or fails.
     """
     flush_tree(draft)
-    if not folder.exists():
+    if draft.is_file() or not folder.exists():
         os.replace(draft, folder)
         flush(folder.parent)
         return
@@ -142,7 +138,9 @@ def put_in_place(draft: Path, folder: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Have a folder on the disk, with every file and folder below it."""
+    """Have a file, or a folder with everything below it, on the disk."""
+    if folder.is_file():
+        flush(folder)
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
             flush(Path(parent) / name)

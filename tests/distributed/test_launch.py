@@ -113,7 +113,7 @@ def test_what_stops_one_process_stops_all(launch, tmp_path, fault):
     else:
         assert "No space left" in text and "another process failed" in text
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoint-2", "run.json"}
+    assert left == {"checkpoint-2", "run.json", "asked.json", ".lock"}
 
 
 def test_bad_images_of_every_process_are_named(launch, inputs, tmp_path):

@@ -14,6 +14,7 @@ from unirefiner_hf import (
     UniRefinerError,
     UniRefinerSettings,
     UniRefinerTrainer,
+    load_recipe,
     merge,
     refine,
 )
@@ -32,6 +33,7 @@ from unirefiner_hf.training.arguments import UniRefinerArguments
 from unirefiner_hf.training.asked_of_run import (
     HARMLESS,
     OtherRunError,
+    differences,
     identity,
     recipe_of_run,
 )
@@ -320,6 +322,24 @@ def test_a_checkpoint_of_an_earlier_version_is_told(run, caplog):
         refine(resume=run.parent)
 
 
+def test_what_an_earlier_version_did_not_know_is_as_nobody_asks(tmp_path):
+    args = UniRefinerArguments(str(tmp_path), use_cpu=True, weight_decay=0.2)
+    now = identity(args, UniRefinerSettings())
+    lacking = ("accelerator_config", "weight_decay", "lazy_channels")
+    before = {name: value for name, value in now.items() if name not in lacking}
+    assert differences(before, now) == {"weight_decay": (0.1, 0.2)}
+    assert differences({**now, "gone": 1}, now) == {}
+
+
+def test_args_and_a_run_both_say_how(run, tmp_path):
+    args = UniRefinerArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(RunError, match="args is a UniRefinerArguments, and resume="):
+        refine(resume=run, args=args)
+    recipe = load_recipe("demo", output_dir=str(tmp_path))
+    with pytest.raises(RunError, match="recipe is a Recipe, and resume="):
+        refine(resume=run, recipe=recipe)
+
+
 def test_one_digest_in_every_precision_and_with_an_adapter(places):
     args = UniRefinerArguments("x", use_cpu=True, image_size=24)
     digests = set()
@@ -333,6 +353,24 @@ def test_one_digest_in_every_precision_and_with_an_adapter(places):
     with torch.no_grad():
         next(base.model.tower.parameters()).mul_(1.01)
     assert base_sha256(base.model) not in digests
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "cannot be read"),
+        ("[]", "is of format None, expected 1"),
+        ('{"format": 2}', "is of format 2"),
+        (
+            '{"format": 1, "model": 3, "data": null}',
+            "tell model, method, settings, args",
+        ),
+    ],
+)
+def test_a_damaged_record_is_told(run, content, told):
+    (run / ASKED).write_text(content)
+    with pytest.raises(UniRefinerError, match=f"asked.json {told}"):
+        refine(resume=run)
 
 
 # What is whole of it
@@ -427,6 +465,18 @@ def test_a_damaged_one_that_is_named_is_refused(run):
     trainer = UniRefinerTrainer.from_run(run)
     with pytest.raises(CheckpointError, match="checkpoint-2 is not whole: scheduler"):
         trainer.train(resume_from_checkpoint=run / "checkpoint-2")
+
+
+def test_a_checkpoint_of_the_adapter_alone_is_no_end(places, tmp_path):
+    model, data = map(str, places)
+    options = {**FIELDS, "output_dir": str(tmp_path / "run"), "save_only_model": True}
+    run = refine(model, data, **options).folder
+    expected = weights(run)
+    refine(resume=run)  # it was finished
+    assert weights(run) == expected
+    shutil.rmtree(run / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="checkpoint-2 holds the adapter alone"):
+        refine(resume=run)
 
 
 # Nobody's work is lost

@@ -234,7 +234,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     if step is None and not is_trained(record):
         there = ", ".join(map(checkpoint_name, checkpoint_steps(run)))
         raise RunFolderError(
-            f"{run} is not finished: continue it with --resume, or merge one of its "
+            f"{run} is not finished: continue it with --resume {run}, or merge one of its "
             f"checkpoints ({there or 'it has none yet'})."
         )
     if not (adapter / adapter_files.WEIGHTS).is_file():

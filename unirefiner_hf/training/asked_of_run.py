@@ -47,6 +47,14 @@ from .split import accumulation_for
 
 logger = logging.get_logger(__name__)
 
+PARTS = {
+    "model": (str, type(None)),
+    "data": (str, type(None)),
+    "method": str,
+    "settings": dict,
+    "args": dict,
+}
+"""Of ``asked.json``, and what each is; no model or data where it was in memory."""
 PLACES = ("model", "data", "revision", "reference_image")
 """Where something lies, which may change: what lies there is compared by its digest."""
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -163,15 +171,18 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Name -> (recorded, asked for), of all that differs between two identities.
 
-    Of another method, that alone is told. What an earlier version did not know stands for
-    its default.
+    Of another method, that alone is told. What an earlier version did not know has to be
+    as it is where nobody asks for it.
     """
     if before.get("method") != now.get("method"):
         return {"method": (before.get("method"), now.get("method"))}
-    defaults = _defaults(UniRefinerArguments)
+    unasked: Mapping[str, Any] = {}
+    if not before.keys() >= now.keys() and "method" in now:
+        kind = method_named(now["method"])
+        unasked = identity(UniRefinerArguments("."), kind())
     found = {}
     for name, value in now.items():
-        recorded = before.get(name, defaults.get(name, value))
+        recorded = before.get(name, unasked.get(name, value))
         if recorded != value:
             found[name] = (recorded, value)
     return found
@@ -252,15 +263,20 @@ def read_asked(run: Path) -> dict[str, Any]:
         )
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise RunFolderError(f"{file} cannot be read: {problem}") from problem
-    found = told.get("format") if isinstance(told, dict) else None
-    if found != ASKED_FORMAT:
-        raise RunFolderError(
-            f"{file} is of format {found!r}, expected {ASKED_FORMAT}: put back what the run "
-            "wrote, or give the options it was started with, and --resume without a folder."
-        )
-    return told
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} cannot be read: {error}") from error
+    told = told if isinstance(told, dict) else {}
+    found = told.get("format")
+    problem = f"is of format {found!r}, expected {ASKED_FORMAT}"
+    if found == ASKED_FORMAT:
+        lacking = [name for name, kind in PARTS.items() if not _is(told, name, kind)]
+        if not lacking:
+            return told
+        problem = f"does not tell {', '.join(lacking)}"
+    raise RunFolderError(
+        f"{file} {problem}: put back what the run wrote, or give the options it was started "
+        "with, and --resume without a folder."
+    )
 
 
 def recipe_of_run(
@@ -300,6 +316,10 @@ def recipe_of_run(
     if not any(name in words for name in SPLIT):
         recorded |= _same_batches(folder, told)
     return recipe_of_words(None, {**recorded, **words, **place})
+
+
+def _is(told: Mapping[str, Any], name: str, kind: Any) -> bool:
+    return name in told and isinstance(told[name], kind)
 
 
 def _recorded_words(told: Mapping[str, Any]) -> dict[str, Values]:

@@ -166,11 +166,12 @@ def checkpoint_to_resume(
 
 def _by_first(args: UniRefinerArguments, function: Callable, *given: Any) -> Any:
     """What a function gives on the first process, on all; where it raises, all do."""
-    result, problem = None, None
+    result: Any = None
+    problem: Exception | None = None
     if not args.process_index:
         try:
             result = function(*given)
-        except UniRefinerError as error:
+        except (UniRefinerError, OSError) as error:
             problem = error
     fail_together(problem)
     return told_by_first(result)
@@ -188,6 +189,20 @@ def _look_for_checkpoint(run: Path, resume: bool) -> tuple[Path | None, dict[str
             "or start again in another output_dir."
         )
     return checkpoint, passed
+
+
+def check_state(checkpoint: Path) -> None:
+    """Refuse a checkpoint of the adapter alone.
+
+    Raises:
+        CheckpointError: it holds no state of schedule and optimiser.
+    """
+    if not any(checkpoint.glob("scheduler.*")):
+        raise CheckpointError(
+            f"{checkpoint} holds the adapter alone, as save_only_model asks for, and "
+            "nothing to go on training from: merge it, or start again in another "
+            "output_dir."
+        )
 
 
 def set_aside(run: Path, names: Sequence[str]) -> None:

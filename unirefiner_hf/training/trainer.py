@@ -95,6 +95,7 @@ from .start import (
     build_objective,
     check_method,
     check_not_taken,
+    check_state,
     check_together,
     checkpoint_to_resume,
     holds_a_run,
@@ -428,6 +429,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 step = self.state.global_step
                 output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
             else:
+                if checkpoint is not None:
+                    check_state(checkpoint)
                 resume = str(checkpoint) if checkpoint else None
                 output = super().train(resume_from_checkpoint=resume)
         if self.graceful_stop.received is not None:
