@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from unirefiner_hf import compare
 from unirefiner_hf.cli import main
-from unirefiner_hf.data.images import load_rgb, preprocess
+from unirefiner_hf.data.images import load_rgb
+from unirefiner_hf.data.sources import InputError
 from unirefiner_hf.evaluation.checkpoints import (
     Checkpoint,
     CheckpointMismatchError,
@@ -17,17 +18,13 @@ from unirefiner_hf.evaluation.checkpoints import (
 )
 from unirefiner_hf.evaluation.cleanliness import measure_cleanliness
 from unirefiner_hf.evaluation.compare import ClickError
-from unirefiner_hf.evaluation.inputs import InputError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 
 
 @torch.no_grad()
 def unit_tokens(checkpoint, files):
     """``(images, patches, hidden)`` at 24 px, by hand."""
-    pixels = [
-        preprocess(load_rgb(f), (24, 24), checkpoint.mean, checkpoint.std)
-        for f in files
-    ]
+    pixels = [checkpoint.reading(load_rgb(f), (24, 24)) for f in files]
     outputs = checkpoint.model(torch.stack(pixels))
     return functional.normalize(outputs.last_hidden_state, dim=-1)
 

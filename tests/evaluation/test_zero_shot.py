@@ -18,7 +18,6 @@ from tests.dual_encoders import (
 )
 from tests.training.conftest import save_tiny_tower
 from unirefiner_hf.cli import main
-from unirefiner_hf.data.images import preprocess
 from unirefiner_hf.data.labelled import LAYOUTS, ClassLabels, LabelError, class_labels
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.evaluate import evaluate
@@ -240,7 +239,7 @@ def test_the_frame_and_the_settings_reach_the_tower(tmp_path):
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     )
-    pixels = preprocess(image, (16, 16), base.mean, base.std)[None]
+    pixels = base.reading(image, (16, 16))[None]
     maps = []
     for width, sigma in ((0, 5.0), (1, 5.0), (1, 0.5)):
         settings = ZeroShotSettings(short_side=16, sigma=sigma)

@@ -27,16 +27,16 @@ from tests.export.conftest import (
 from tests.export.test_card import EVALUATION
 from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf.cli import main
-from unirefiner_hf.data.images import preprocess
+from unirefiner_hf.data.pixels import PixelReading
 from unirefiner_hf.export import checkpoint
 from unirefiner_hf.export.card import card_from_record
 from unirefiner_hf.export.checkpoint import (
     ExportError,
     export_refined,
-    resized_processor,
 )
 from unirefiner_hf.export.run_folder import RunFolderError
 from unirefiner_hf.loading.adapter import merge_adapter
+from unirefiner_hf.loading.processor import resized_processor
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.modeling.towers import load_tower
 
@@ -165,7 +165,9 @@ def test_the_processor_resizes_whole_images_to_the_refined_size(family, tmp_path
     processor = AutoImageProcessor.from_pretrained(folder)
     image = Image.linear_gradient("L").convert("RGB").resize((64, 40))
     got = processor(image, return_tensors="pt")["pixel_values"][0]
-    wanted = preprocess(image, (SIZE, SIZE), processor.image_mean, processor.image_std)
+    wanted = PixelReading(tuple(processor.image_mean), tuple(processor.image_std))(
+        image, (SIZE, SIZE)
+    )
     assert got.shape == (3, SIZE, SIZE)
     assert not processor.do_center_crop
     assert (got - wanted).abs().max() < 0.05
@@ -174,7 +176,7 @@ def test_the_processor_resizes_whole_images_to_the_refined_size(family, tmp_path
 def test_the_base_processor_is_left_alone():
     base = make_processor("clip_vision_model")
     before = base.to_dict()
-    resized_processor(base, SIZE)
+    resized_processor(base, (SIZE, SIZE))
     assert base.to_dict() == before
 
 
@@ -284,9 +286,9 @@ def test_a_processor_that_cuts_patches_gives_way():
     naflex = Siglip2ImageProcessorPil(image_mean=[0.1, 0.2, 0.3], patch_size=4)
     image = Image.new("RGB", (40, 30), "white")
     assert naflex(image, return_tensors="pt")["pixel_values"].ndim == 3
-    pixels = resized_processor(naflex, SIZE)(image, return_tensors="pt")
+    pixels = resized_processor(naflex, (SIZE, SIZE))(image, return_tensors="pt")
     assert pixels["pixel_values"].shape == (1, 3, SIZE, SIZE)
-    expected = preprocess(image, (SIZE, SIZE), [0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
+    expected = PixelReading((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))(image, (SIZE, SIZE))
     torch.testing.assert_close(pixels["pixel_values"][0], expected)
 
 

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import require
 from ..modeling.fills import FILLS
 
 QUANTIZATIONS = ("nf4", "int8")
 BASE_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def both_sides(size: Any) -> tuple[int, int]:
+    """Height and width in pixels: of a side, or of two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def fewest_sides(size: Any) -> int | list[int]:
+    """One side of a square, else height and width; as records and recipes write it."""
+    height, width = both_sides(size)
+    return height if height == width else [height, width]
 
 
 @dataclass
@@ -73,10 +85,10 @@ class BackboneArguments:
             "to be there), eager, ... Unset: transformers chooses, sdpa for every family."
         },
     )
-    image_size: int | None = field(
+    image_size: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Side of the square images in pixels; a multiple of the patch size. "
+            "help": "Side, or height and width, in pixels; multiples of the patch size. "
             "Unset: as in pretraining."
         },
     )
@@ -132,9 +144,20 @@ class BackboneArguments:
             kind is None or kind in QUANTIZATIONS,
             f"one of {kinds}, or unset",
         )
+        given: Any = size
+        listed = list(given) if isinstance(given, (list, tuple)) else [given]
         require(
-            self, "image_size", size is None or size >= 1, "at least 1 pixel, or unset"
+            self,
+            "image_size",
+            size is None
+            or (
+                len(listed) in (1, 2)
+                and all(type(side) is int and side >= 1 for side in listed)
+            ),
+            "a side of at least 1 pixel, height and width, or unset",
         )
+        if size is not None:  # what one side is, is kept as one number
+            self.image_size = fewest_sides([*listed, listed[0]])  # type: ignore[assignment]
         require(self, "register_factor", self.register_factor >= 1, "at least 1")
         require(self, "register_fill", self.register_fill in FILLS, f"one of {fills}")
         require(
