@@ -38,13 +38,13 @@ def test_numbers_are_those_of_the_tokens(tower_folder, refined, photos):
     assert found.images == ["0.png", "1.png", "2.png", "more/3.png", "more/4.png"]
     assert found.cosines.shape == (5, 6, 6) and found.click == (0, 3)
     between = (first * second).sum(dim=-1)
-    assert np.allclose(found.cosines.reshape(5, 36), between, atol=1e-5)
+    assert np.allclose(found.cosines.reshape(5, 36), between, atol=1e-4)
     assert found.cosine == pytest.approx(between.mean().item(), abs=1e-5)
     for tokens, clicked, across in zip(
         (first, second), found.click_cosines, found.cross_image, strict=True
     ):
         cosines = torch.einsum("bpc,bc->bp", tokens, tokens[:, 3])
-        assert np.allclose(clicked.reshape(5, 36), cosines, atol=1e-5)
+        assert np.allclose(clicked.reshape(5, 36), cosines, atol=1e-4)
         pairs = torch.einsum("ipc,jqc->ijpq", tokens, tokens).mean(dim=(2, 3))
         apart = pairs[~torch.eye(5, dtype=torch.bool)].mean().item()
         assert across == pytest.approx(apart, abs=1e-5)

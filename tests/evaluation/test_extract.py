@@ -88,7 +88,7 @@ def test_models_in_memory_and_their_border(refined, photos, tmp_path):
     framed = expected_map(checkpoint, photos / "0.png", (16, 16))
     checkpoint.model.config.register_width = 0
     bare = expected_map(checkpoint, photos / "0.png", (16, 16))
-    assert torch.allclose(found["0.png"], bare, atol=1e-5)
+    assert torch.allclose(found["0.png"], bare, atol=1e-4)
     assert not torch.allclose(bare, framed, atol=1e-2)
 
 

@@ -258,7 +258,7 @@ def test_the_frame_and_the_settings_reach_the_tower(tmp_path):
         cosines = torch.cosine_similarity(patches[0][:, None], words[None], dim=-1)
         cosines = cosines.T.unflatten(1, (4, 4))[None]
         large = functional.interpolate(cosines, (16, 16), mode="bilinear")
-        assert torch.allclose(found, large, atol=1e-5)
+        assert torch.allclose(found, large, atol=1e-4)
         maps.append(found)
     assert not torch.allclose(maps[0], maps[1], atol=1e-3)
     assert not torch.allclose(maps[1], maps[2], atol=1e-3)
@@ -285,7 +285,7 @@ def test_words_are_means_over_templates(tmp_path):
     given = side.tokens([s.format("sky") for s in TEMPLATES["imagenet"]])
     each = dual.get_text_features(**given).pooler_output
     mean = (each / each.norm(dim=1, keepdim=True)).mean(0)
-    assert torch.allclose(found[2], mean / mean.norm(), atol=1e-5)
+    assert torch.allclose(found[2], mean / mean.norm(), atol=1e-4)
 
 
 def test_the_eight_sets_fit_their_labels():

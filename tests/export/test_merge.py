@@ -96,7 +96,7 @@ def test_merged_equals_the_active_adapter(family, fill, tmp_path):
     folder = export(model, tmp_path / "merged", family)
     loaded = AutoModel.from_pretrained(folder)
     assert isinstance(loaded, UniRefinerModel)
-    torch.testing.assert_close(tokens(loaded), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens(loaded), expected, atol=1e-4, rtol=0)
     assert loaded.config.register_fill == fill
     assert "lora" not in " ".join(load_file(folder / "model.safetensors"))
 
@@ -133,7 +133,7 @@ def test_native_is_the_plain_tower(family, tmp_path):
     assert type(loaded) is type(make_tiny_tower(family))
     framed = UniRefinerModel.from_tower(loaded)
     torch.testing.assert_close(
-        tokens(framed, register_width=0), expected, atol=1e-5, rtol=0
+        tokens(framed, register_width=0), expected, atol=1e-4, rtol=0
     )
     assert "pad the normalised pixels" in (folder / "README.md").read_text()
 
@@ -154,7 +154,7 @@ def test_a_fresh_process_does_not_need_the_package(family, tmp_path):
         timeout=300,
     )
     got = load_file(tmp_path / "tokens.safetensors")["tokens"]
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 # The image processor
@@ -242,7 +242,7 @@ def test_merging_a_run_twice_gives_the_same_bytes(family, save_run, tmp_path):
     assert contents(one) == contents(two)
     assert (one / "before_after.png").is_file()
     loaded = AutoModel.from_pretrained(one)
-    torch.testing.assert_close(tokens(loaded), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens(loaded), expected, atol=1e-4, rtol=0)
     assert loaded.config.register_width == 2
 
 
@@ -272,14 +272,14 @@ def test_a_sharded_model_loads(save_run, tmp_path):
     folder = merge(run, tmp_path / "m", model=str(base), max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").is_file()
     loaded = AutoModel.from_pretrained(folder)
-    torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-4, rtol=0)
 
 
 def test_the_learnable_frame_comes_along(save_run, tmp_path):
     model, run, base = save_run(model__register_fill="learnable")
     loaded = AutoModel.from_pretrained(merge(run, tmp_path / "m", model=str(base)))
     assert torch.equal(loaded.register_patch, model.register_patch)
-    torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens(loaded), tokens(model), atol=1e-4, rtol=0)
 
 
 def test_a_processor_that_cuts_patches_gives_way():
