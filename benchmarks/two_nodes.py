@@ -14,7 +14,7 @@ What is tried, and compared with one machine of two processes:
 - gone: it loses its link first, so that not even the end of its connections is told;
 - cut: the link is down for some seconds.
 
-What ends is continued with --resume. Needs Linux, root (or rights to make network
+What ends is continued, as the document says. Needs Linux, root (or rights to make network
 namespaces) and `ip`; says so and exits with 3 where it cannot.
 """
 
@@ -228,17 +228,18 @@ class Rehearsal:
             fresh["ACCELERATE_USE_CPU"] = "true"
         return {**os.environ, **fresh}
 
-    def start(self, run: str, more: str = "") -> list[subprocess.Popen]:
-        """The document's command on both machines; `more` is added to it."""
-        values = {**self.values, "output_dir": str(self.folder / run)}
-        texts = [
-            filled_in(commands()[self.mode], n, values).rstrip() + more
-            for n in range(2)
-        ]
-        return [
-            machine.start(text, self.log(run, n), self.environment())
-            for n, (machine, text) in enumerate(zip(self.machines, texts, strict=True))
-        ]
+    def start(self, run: str, resume: bool = False) -> list[subprocess.Popen]:
+        """The document's command on both machines; to resume, as it says below them."""
+        folder = self.folder / run
+        values = {**self.values, "output_dir": str(folder)}
+        started = []
+        for number, machine in enumerate(self.machines):
+            text = filled_in(commands()[self.mode], number, values)
+            if resume:
+                text = re.sub(r"refine --.*", f"refine --resume {folder}", text)
+            log = self.log(run, number)
+            started.append(machine.start(text, log, self.environment()))
+        return started
 
     def log(self, run: str, machine: int) -> Path:
         """What a machine said; a continued run starts it anew."""
@@ -322,8 +323,8 @@ class Rehearsal:
         self.succeeded(run, self.wait(self.start(run)))
 
     def resumed(self, run: str) -> None:
-        """The same commands with --resume."""
-        self.succeeded(run, self.wait(self.start(run, " --resume")))
+        """Go on with it on both machines."""
+        self.succeeded(run, self.wait(self.start(run, resume=True)))
 
     def lost(
         self, run: str, checkpoint: str, silently: bool, machine: int = 1

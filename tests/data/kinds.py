@@ -39,7 +39,7 @@ def _rotated(kind: str) -> bytes:
 def _transparent_palette() -> tuple[bytes, np.ndarray]:
     indices = _RANDOM.integers(0, 4, (SIZE[1], SIZE[0]), dtype=np.uint8)
     colours = np.array([[9, 9, 9], [200, 0, 0], [0, 150, 0], [0, 0, 90]], np.uint8)
-    image = Image.fromarray(indices, "P")
+    image = Image.frombytes("P", SIZE, indices.tobytes())
     image.putpalette(colours.tobytes())
     meant = colours[indices]
     meant[indices == 0] = 255

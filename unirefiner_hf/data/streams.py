@@ -199,8 +199,7 @@ class RefinementStream(IterableDataset):
             for number, row in enumerate(_rows(table, reader, readers)):
                 if number < begin or number % every != process:
                     continue
-                where = f"row {number} of reader {reader} of process {lane[0]}"
-                name = self._name(row, where)
+                name = self._name(row, number, lane)
                 pixels = self._decode(row, name)
                 if isinstance(pixels, str):
                     # A later pass meets the same images: each counts once.
@@ -224,13 +223,14 @@ class RefinementStream(IterableDataset):
                 )
             epoch, begin = epoch + 1, 0
 
-    def _name(self, row: dict[str, Any], place: str) -> str:
-        """What a row is called: where it was met, and its file's name if it has one."""
+    def _name(self, row: dict[str, Any], number: int, lane: Lane) -> str:
+        """What a row is called: its place, whoever reads it, and its file if it has one."""
         cell = row[self.image_column]
         file = cell.get("path") if isinstance(cell, dict) else None
+        said = f"row {number} of reader {lane[1]} of process {lane[0]}"
         if isinstance(file, str):
-            place = f"{Path(file).name}, {place}"
-        return f"{self.report.source} ({place})"
+            said = f"{Path(file).name}, {said}"
+        return f"{self.report.source} ({said})"
 
     def _decode(self, row: dict[str, Any], name: str) -> Tensor | str:
         """The pixels, or what is wrong with them."""

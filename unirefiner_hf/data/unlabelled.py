@@ -99,13 +99,14 @@ def open_training_images(
         if table.features is not None:
             table = table.cast_column(image_column, datasets.Image(decode=False))
         table = table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        report.total = max_images
+        if max_images is not None:
+            report.total = max_images + len(report.skipped)
         return RefinementStream(
             table, image_column, to_pixels, report, max_images, process, processes
         )
     if not len(table):
         raise ImageError(f"{name} has no rows: there is no image to train on.")
-    opened = images_of_table(table, image_column, f"{name}[{{}}]".format)
+    opened = images_of_table(table, image_column, lambda row: f"{name}[{row}]")
     if max_images is not None:
         opened = opened.pick(subset(len(opened), max_images, seed))
     report.total = len(opened) + len(report.skipped)

@@ -57,4 +57,4 @@ def to_eight_bits(image: Image.Image, scaled: bool = False) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
-    return Image.fromarray(grey.astype(np.uint8), "L")
+    return Image.fromarray(grey.astype(np.uint8))

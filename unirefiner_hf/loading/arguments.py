@@ -89,8 +89,8 @@ class BackboneArguments:
     image_size: Annotated[list[int] | None, "[1, inf)"] = field(
         default=None,
         metadata={
-            "help": "Side of the square images in pixels, or height and width (512 1024); "
-            "multiples of the patch size. Unset: as in pretraining."
+            "help": "Side, or height and width, in pixels; multiples of the patch size. "
+            "Unset: as in pretraining."
         },
     )
     final_norm: bool | None = field(
