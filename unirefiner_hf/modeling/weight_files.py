@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers.utils import cached_file
+from huggingface_hub import is_offline_mode
+from transformers.utils import cached_file, has_file
 
 from .errors import UniRefinerError
 
@@ -94,9 +95,10 @@ def check_weights(name_or_path: str, **place: Any) -> None:
             indices.append(named)
     for index in indices:
         _check_index(name_or_path, index, place)
-    folder = Path(name_or_path, place.get("subfolder") or "")
-    if len(indices) == 1 and folder.is_dir():
-        _check_there(folder)
+    if os.path.isdir(name_or_path):
+        _check_there(Path(name_or_path, place.get("subfolder") or ""))
+    elif not is_offline_mode():
+        _check_on_hub(name_or_path, place)
 
 
 def _named_by_config(name_or_path: str, place: dict[str, Any]) -> Iterator[Any]:
@@ -139,6 +141,19 @@ def _check_there(folder: Path) -> None:
     if not pickled:
         raise WeightFilesError(f"{folder} holds no weights: there is no {WEIGHTS}.")
     raise WeightFilesError(pickled_alone(str(folder), ", ".join(pickled[:3])))
+
+
+def _check_on_hub(name: str, place: dict[str, Any]) -> None:
+    """Say so where a repository's weights are pickled; transformers would ask a service to
+    convert them, and take what another hand proposes there.
+    """
+    if any(_peek(name, file, place) is not None for file in (WEIGHTS, INDEX)):
+        return
+    options = {k: v for k, v in place.items() if k != "subfolder"}
+    below = f"{place['subfolder']}/" if place.get("subfolder") else ""
+    for file in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if has_file(name, f"{below}{file}", **options):
+            raise WeightFilesError(pickled_alone(name, file))
 
 
 def pickled_alone(name_or_path: str, files: str = ".bin") -> str:
