@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,9 @@ def fetch_last_checkpoint(
 
     Returns:
         ``checkpoint-N`` in the run's folder, None where the repository holds none.
+
+    Raises:
+        HubError: the Hub refuses.
     """
     api = HfApi(token=token, library_name="unirefiner_hf")
     found = _last_checkpoint(api, repo_id)
@@ -282,15 +286,15 @@ def fetch_last_checkpoint(
     head, chosen = found
     staging = run / FETCHING
     shutil.rmtree(staging, ignore_errors=True)
-    with_retries(
-        lambda: snapshot_download(
-            repo_id,
-            revision=head,
-            allow_patterns=[f"{chosen}/*"],
-            local_dir=staging,
-            token=token,
-        )
+    download = partial(
+        snapshot_download,
+        repo_id,
+        revision=head,
+        allow_patterns=[f"{chosen}/*"],
+        local_dir=staging,
+        token=token,
     )
+    explained(lambda: with_retries(download), repo_id)
     step = _step(staging / chosen)
     target = run / checkpoint_name(step)
     os.replace(staging / chosen, target)
