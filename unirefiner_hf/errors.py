@@ -24,21 +24,23 @@ def require(settings: Any, name: str, ok: bool, rule: str) -> None:
 
 
 @contextmanager
-def as_users(about: str = "") -> Iterator[None]:
-    """A ValueError that another library raises in here is about what the user gave.
+def as_users(about: str = "", *kinds: type[Exception]) -> Iterator[None]:
+    """What another library raises in here is about what the user gave.
 
     Put round calls of libraries that check the user's own input, never round arithmetic.
 
     Args:
         about: what was given, said before the library's words.
+        kinds: of errors; none: `ValueError`.
 
     Raises:
-        UniRefinerError: in place of any other ValueError.
+        UniRefinerError: in place of any other error of these kinds.
     """
     try:
         yield
     except UniRefinerError:
         raise
-    except ValueError as problem:
+    except kinds or ValueError as problem:
         start = f"{about}: " if about else ""
-        raise UniRefinerError(f"{start}{problem}") from problem
+        words = str(problem) or type(problem).__name__
+        raise UniRefinerError(f"{start}{words}") from problem

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from unirefiner_hf import Features, __version__, extract_features
 from unirefiner_hf.cli import main
 from unirefiner_hf.data.images import load_rgb, preprocess
+from unirefiner_hf.errors import UniRefinerError
 from unirefiner_hf.evaluation import extract
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.evaluation.extract import FeaturesError, weights_sha256
@@ -174,7 +175,7 @@ def test_damage_is_named(refined, photos, tmp_path):
 )
 def test_options_out_of_range(options, message, refined, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "load_checkpoints", None)
-    with pytest.raises(FeaturesError, match=message):
+    with pytest.raises(UniRefinerError, match=message):
         extract_features(refined, photos, tmp_path / "f", **options)
     assert not (tmp_path / "f").exists()
 

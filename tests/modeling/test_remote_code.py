@@ -106,6 +106,8 @@ def test_flat_files_and_auto_map(tmp_path):
 
 
 CORE = {
+    "checked",
+    "files",
     "configuration_unirefiner",
     "errors",
     "families",

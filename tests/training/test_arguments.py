@@ -54,7 +54,7 @@ def test_what_no_run_reads_is_refused_with_a_reason(name):
         ({"final_lr_share": 0}, "final_lr_share is 0"),
         ({"snapshot_steps": -1}, "snapshot_steps is -1"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
-        ({"warmup_steps": -1}, "arguments of the run: Got warmup_steps = -1"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; it must be 0 or more"),
         ({"lr_scheduler_type": "wild"}, "arguments of the run: wild is not a valid"),
     ],
 )

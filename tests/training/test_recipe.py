@@ -270,7 +270,7 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path):
         ("ah_layers: []", "ah_layers is without a value; expected list[int] or null."),
         ("ah_form: both", "ah_form is 'both'; expected 'release' or 'paper'."),
         ("register_fill: red", "register_fill is 'red'; expected 'zero' or 'randn'"),
-        ("temperature: -1", "temperature is -1.0; it must be positive."),
+        ("temperature: -1", "temperature is -1.0; it must be finite and positive."),
         ("lora_dropout: 1", "lora_dropout is 1.0; it must be in [0, 1)."),
         ("max_images: 0", "max_images is 0; it must be at least 1, or unset."),
         ("remove_unused_columns: true", "remove_unused_columns is True"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from ..errors import require
+from ..values import check_values
 
 
 @dataclass
@@ -25,7 +26,7 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read the data set while training."}
     )
-    max_images: int | None = field(
+    max_images: Annotated[int | None, "[1, inf)"] = field(
         default=None,
         metadata={"help": "Train on this many images, picked by the seed. Unset: all."},
     )
@@ -36,7 +37,7 @@ class DataArguments:
             "Unset: the one that ships with the package."
         },
     )
-    report_images: int = field(
+    report_images: Annotated[int, "[0, inf)"] = field(
         default=8,
         metadata={"help": "Images of the before/after picture and shares; 0: none."},
     )
@@ -46,6 +47,4 @@ class DataArguments:
 
     def check_data(self) -> None:
         """Refuse values outside their range."""
-        most = self.max_images
-        require(self, "max_images", most is None or most >= 1, "at least 1, or unset")
-        require(self, "report_images", self.report_images >= 0, "0 or more")
+        check_values(self, DataArguments)

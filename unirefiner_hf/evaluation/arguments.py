@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from ..data.layouts import LAYOUTS
-from ..errors import require
+from ..values import check_values
 
 TASKS = ("segmentation", "depth", "zero_shot")
 
@@ -60,7 +61,7 @@ class EvaluationArguments:
     label_column: str = field(
         default="label", metadata={"help": "Column of a datasets set."}
     )
-    num_classes: int | None = field(
+    num_classes: Annotated[int | None, "[1, inf)"] = field(
         default=None,
         metadata={
             "help": "Number of classes. Unset: the layout's, or dataset.json's in the "
@@ -73,17 +74,21 @@ class EvaluationArguments:
             "help": "Ignore label 0 and count the others from 0. Unset: the layout's."
         },
     )
-    ignore_label: int = field(
-        default=255, metadata={"help": "Label of pixels that do not count."}
+    ignore_label: Annotated[int, "(-inf, inf)"] = field(
+        default=255,
+        metadata={"help": "Label of pixels that do not count."},
     )
-    max_train: int | None = field(
-        default=None, metadata={"help": "Train on this many images. Unset: all."}
+    max_train: Annotated[int | None, "[1, inf)"] = field(
+        default=None,
+        metadata={"help": "Train on this many images. Unset: all."},
     )
-    max_val: int | None = field(
-        default=None, metadata={"help": "Measure on this many images. Unset: all."}
+    max_val: Annotated[int | None, "[1, inf)"] = field(
+        default=None,
+        metadata={"help": "Measure on this many images. Unset: all."},
     )
-    seeds: int = field(
-        default=3, metadata={"help": "Probes to train, with seeds 0, 1, ..."}
+    seeds: Annotated[int, "[1, inf)"] = field(
+        default=3,
+        metadata={"help": "Probes to train, with seeds 0, 1, ..."},
     )
     framed_base: bool = field(
         default=True,
@@ -99,8 +104,9 @@ class EvaluationArguments:
             "evaluation.json beside each checkpoint."
         },
     )
-    pictures: int = field(
-        default=4, metadata={"help": "Images of the report; 0: no report."}
+    pictures: Annotated[int, "[0, inf)"] = field(
+        default=4,
+        metadata={"help": "Images of the report; 0: no report."},
     )
     device: str | None = field(
         default=None, metadata={"help": "Such as cuda or cpu. Unset: a GPU if any."}
@@ -111,14 +117,4 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        tasks = " or ".join(map(repr, TASKS))
-        layouts = ", ".join(("folder", *LAYOUTS))
-        require(self, "task", self.task in TASKS, tasks)
-        require(
-            self, "dataset", self.dataset in ("folder", *LAYOUTS), f"one of {layouts}"
-        )
-        require(self, "seeds", self.seeds >= 1, "at least 1")
-        require(self, "pictures", self.pictures >= 0, "0 or more")
-        for name in ("max_train", "max_val", "num_classes"):
-            value = getattr(self, name)
-            require(self, name, value is None or value >= 1, "at least 1, or unset")
+        check_values(self)

@@ -43,6 +43,7 @@ from .. import __version__
 from ..data.images import ImageError, preprocess
 from ..modeling.errors import UniRefinerError
 from ..modeling.families import image_size_of
+from ..modeling.registers import check_width
 from ..outputs import OutputError, check_folder, put_in_place, write_json
 from ..results import Result, Table
 from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
@@ -224,14 +225,8 @@ def _plan(
         raise FeaturesError(
             f"size is {size!r}; it must be a side in pixels, or height and width."
         )
-    if (
-        register_width is not None
-        and register_width != 0
-        and not _counts(register_width)
-    ):
-        raise FeaturesError(
-            f"register_width is {register_width!r}; it must be 0 or more patches."
-        )
+    if register_width is not None:
+        check_width(register_width)
     if not _counts(batch):
         raise FeaturesError(f"batch is {batch!r}; it must be 1 or more images.")
     if dtype not in DTYPES:

@@ -18,6 +18,7 @@ from ..loading.backbone import Backbone, Model
 from ..loading.base_digest import base_sha256
 from ..loading.starter import NAME as STARTER
 from ..methods.base import load_trainable
+from ..modeling.registers import check_width
 from ..results import Result, Table
 from .card import card_from_record
 from .checkpoint import SHARD_SIZE, export_refined, weight_dtype
@@ -359,10 +360,7 @@ def _keeps_text(
 def _check_register_width(run: RunFolder, asked: int | None) -> None:
     if asked is None:
         return
-    if not isinstance(asked, int) or asked < 0:
-        raise ExportError(
-            f"register_width is {asked!r}; it must be 0 or more patches, or left out."
-        )
+    check_width(asked)
     if asked and not run.settings.has_border:
         raise ExportError(
             f"register_width is {asked}, and method {run.settings.name} trains without a "

@@ -160,6 +160,8 @@ def recorded_settings(record: dict[str, Any]) -> MethodSettings:
     values = dict(record["method"])
     kind = method_named(values.pop("name"))
     known = setting_names(kind)
+    if isinstance(values.get("lazy_channels"), list):
+        del values["lazy_channels"]  # those that were found, under the setting's name
     return kind(**{name: value for name, value in values.items() if name in known})
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..modeling.errors import UniRefinerError
+from ..modeling.files import read_tensors
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from .unlocked import UnlockedTower
 
@@ -75,13 +75,13 @@ def load_adapter(model: UniRefinerModel, folder: Path) -> None:
     """Read an adapter, and what the register model learnt, that `save_adapter` wrote.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the adapter belongs to another
-            tower.
+        CheckpointError: a file is missing, or the adapter belongs to another tower.
+        FileError: a file is damaged.
     """
     file = folder / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder.name} holds no {WEIGHTS}.")
-    weights = _tensors(file)
+    weights = read_tensors(file)
     expected = adapter_weights(model.tower)
     wrong = [
         name
@@ -107,7 +107,7 @@ def load_adapter(model: UniRefinerModel, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in own:
-            parameters[name].copy_(_tensors(folder / f"{name}.safetensors")[name])
+            parameters[name].copy_(read_tensors(folder / f"{name}.safetensors")[name])
 
 
 def adapter_weights(
@@ -143,17 +143,6 @@ def below(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, value in state_dict.items()
         if name.startswith(prefix)
     }
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds; nothing else is read."""
-    try:
-        return load_file(file)
-    except SafetensorError as problem:
-        raise CheckpointError(
-            f"{file} is no whole safetensors file ({problem}): put the file back that the "
-            "run wrote."
-        ) from problem
 
 
 def _own_parameters(model: UniRefinerModel) -> list[str]:

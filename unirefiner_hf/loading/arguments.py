@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from ..errors import require
 from ..modeling.fills import FILLS
+from ..values import check_values
 
 QUANTIZATIONS = ("nf4", "int8")
 BASE_DTYPES = ("auto", "float32", "bfloat16")
@@ -73,7 +75,7 @@ class BackboneArguments:
             "to be there), eager, ... Unset: transformers chooses, sdpa for every family."
         },
     )
-    image_size: int | None = field(
+    image_size: Annotated[int | None, "[1, inf)"] = field(
         default=None,
         metadata={
             "help": "Side of the square images in pixels; a multiple of the patch size. "
@@ -87,7 +89,7 @@ class BackboneArguments:
             "whose output lacks it. Unset: on for CLIP, as published, and MetaCLIP 2."
         },
     )
-    register_factor: int = field(
+    register_factor: Annotated[int, "[1, inf)"] = field(
         default=32,
         metadata={"help": "The border is a side in patches // this wide, 1 at least."},
     )
@@ -98,16 +100,20 @@ class BackboneArguments:
             "choices": list(FILLS),
         },
     )
-    inference_register_width: int | None = field(
+    inference_register_width: Annotated[int | None, "[0, 256]"] = field(
         default=None,
         metadata={
             "help": "Border of the published model, in patches; wider than in training "
             "often gives a cleaner map. Unset: as in training."
         },
     )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
-    lora_dropout: float = field(
+    lora_rank: Annotated[int, "[1, inf)"] = field(
+        default=8, metadata={"help": "Rank of the adapter."}
+    )
+    lora_alpha: Annotated[int, "[1, inf)"] = field(
+        default=16, metadata={"help": "Scale of the adapter."}
+    )
+    lora_dropout: Annotated[float, "[0, 1)"] = field(
         default=0.1, metadata={"help": "Dropout of the adapter."}
     )
 
@@ -116,33 +122,10 @@ class BackboneArguments:
 
     def check_backbone(self) -> None:
         """Refuse values outside their range."""
-        dtypes, fills = ", ".join(BASE_DTYPES), ", ".join(FILLS)
-        size, width = self.image_size, self.inference_register_width
-        require(self, "base_dtype", self.base_dtype in BASE_DTYPES, f"one of {dtypes}")
-        kinds, kind = ", ".join(QUANTIZATIONS), self.base_quantization
+        check_values(self, BackboneArguments)
         require(
             self,
             "teacher_float8",
-            not (self.teacher_float8 and kind),
+            not (self.teacher_float8 and self.base_quantization),
             "false where base_quantization is set",
         )
-        require(
-            self,
-            "base_quantization",
-            kind is None or kind in QUANTIZATIONS,
-            f"one of {kinds}, or unset",
-        )
-        require(
-            self, "image_size", size is None or size >= 1, "at least 1 pixel, or unset"
-        )
-        require(self, "register_factor", self.register_factor >= 1, "at least 1")
-        require(self, "register_fill", self.register_fill in FILLS, f"one of {fills}")
-        require(
-            self,
-            "inference_register_width",
-            width is None or width >= 0,
-            "0 or more patches, or unset",
-        )
-        require(self, "lora_rank", self.lora_rank >= 1, "at least 1")
-        require(self, "lora_alpha", self.lora_alpha >= 1, "at least 1")
-        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")

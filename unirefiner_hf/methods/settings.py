@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, TYPE_CHECKING, Any, ClassVar
 
-from ..errors import UniRefinerError, require
+from ..errors import UniRefinerError
+from ..values import check_values
 
 if TYPE_CHECKING:
     from .objective import Objective
@@ -49,7 +50,7 @@ class MethodSettings:
     usage: ClassVar[str]
     citation: ClassVar[str] = ""
 
-    no_grad_batch: int | None = field(
+    no_grad_batch: Annotated[int | None, "[1, inf)"] = field(
         default=None,
         metadata={
             "help": "Images a pass without gradient takes at once. Smaller needs less "
@@ -58,9 +59,7 @@ class MethodSettings:
     )
 
     def __post_init__(self) -> None:
-        rule = "at least 1, or unset"
-        batch = self.no_grad_batch
-        require(self, "no_grad_batch", batch is None or batch >= 1, rule)
+        check_values(self)
 
     @classmethod
     def objective(cls) -> type[Objective]:

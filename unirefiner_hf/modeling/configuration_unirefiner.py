@@ -26,7 +26,7 @@ except ImportError as error:
 
 from .families import DUAL_ENCODERS, family_of
 from .own_towers import published_config
-from .registers import FILLS
+from .registers import FILLS, check_width
 
 FORMAT_VERSION = 2
 """Version 2 has register tokens; without them files stay version 1."""
@@ -146,7 +146,12 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features = kwargs.pop("out_features", None)
         out_indices = kwargs.pop("out_indices", None)
         kwargs.pop("stage_names", None)
-        kwargs.pop("model_type", None)
+        kind = kwargs.pop("model_type", self.model_type)
+        if kind != self.model_type:
+            raise UniRefinerError(
+                f"This is the config of a {kind!r}, not of a refined checkpoint. Of a "
+                "bare backbone make one by UniRefinerModel.from_tower(name_or_folder)."
+            )
         self._refuse_unknown(kwargs)
         if isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)
@@ -215,10 +220,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _check_settings(self) -> None:
-        if self.register_width < 0:
-            raise UniRefinerError(
-                f"register_width is {self.register_width}; it must be 0 or more patches."
-            )
+        check_width(self.register_width)
         if self.num_register_tokens < 0:
             raise UniRefinerError(
                 f"num_register_tokens is {self.num_register_tokens}; it must be 0 or more."

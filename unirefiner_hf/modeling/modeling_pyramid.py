@@ -17,10 +17,10 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
+from .checked import CheckedModel
 from .configuration_pyramid import LEVELS, UniRefinerPyramidConfig
 from .errors import WrongKindError
 from .modeling_unirefiner import UniRefinerBackbone
-from .weight_files import SafeWeights
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -58,7 +58,7 @@ def _level(name: str, hidden: int, size: int, eps: float) -> nn.Sequential:
     )
 
 
-class UniRefinerPyramid(BackboneMixin, SafeWeights, PreTrainedModel):
+class UniRefinerPyramid(BackboneMixin, CheckedModel):
     """Feature maps of a refined tower at 4, 2, 1 and 1/2 cells along a patch.
 
     With patches of 16 pixels these are the strides 4, 8, 16 and 32, with 14 pixels 3.5,

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .checked import CheckedModel
 from .configuration_unirefiner import UniRefinerConfig
 from .errors import UniRefinerError, WrongKindError
 from .families import (
@@ -41,7 +42,6 @@ from .towers import (
     tower_inputs,
     translated,
 )
-from .weight_files import SafeWeights
 
 Model = TypeVar("Model", bound="UniRefinerPreTrainedModel")
 
@@ -133,7 +133,7 @@ class _Pass:
         return tuple(m.index_select(-1, kept).index_select(-2, kept) for m in maps)
 
 
-class UniRefinerPreTrainedModel(SafeWeights, PreTrainedModel):
+class UniRefinerPreTrainedModel(CheckedModel):
     """A framed tower; what `UniRefinerModel` and `UniRefinerBackbone` share.
 
     Attributes:

@@ -20,6 +20,24 @@ from torch.nn import functional
 from .errors import UniRefinerError
 
 FILLS = ("zero", "randn", "rand", "learnable")
+WIDEST = 256
+"""Patches of the widest border; published ones have 1 to 4."""
+
+
+def check_width(width: int) -> None:
+    """Refuse the width of a border.
+
+    Raises:
+        UniRefinerError: no whole number from 0 to `WIDEST`.
+    """
+    if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+        raise UniRefinerError(
+            f"register_width is {width!r}; it must be 0 or more patches."
+        )
+    if width > WIDEST:
+        raise UniRefinerError(
+            f"register_width is {width}; it must be {WIDEST} patches at most."
+        )
 
 
 def frame_pixels(
@@ -52,10 +70,7 @@ def frame_pixels(
     Raises:
         UniRefinerError: a negative width, an unknown fill, or ``learnable`` without patch.
     """
-    if width < 0:
-        raise UniRefinerError(
-            f"register_width is {width}; it must be 0 or more patches."
-        )
+    check_width(width)
     if fill not in FILLS:
         raise UniRefinerError(
             f"register_fill is {fill!r}; choose one of {', '.join(FILLS)}."
@@ -97,10 +112,7 @@ def register_mask(grid: tuple[int, int], width: int) -> Tensor:
     Raises:
         UniRefinerError: a negative width.
     """
-    if width < 0:
-        raise UniRefinerError(
-            f"register_width is {width}; it must be 0 or more patches."
-        )
+    check_width(width)
     h, w = grid
     mask = torch.ones(h + 2 * width, w + 2 * width, dtype=torch.bool)
     bottom, right = width + h, width + w

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 from . import (
+    checked,
     configuration_eva_clip,
     configuration_unirefiner,
     errors,
     families,
+    files,
     modeling_eva_clip,
     modeling_unirefiner,
     own_towers,
@@ -31,9 +33,11 @@ AUTO_MAP = {
 }
 
 FLAT_MODULES = (
+    checked,
     configuration_unirefiner,
     errors,
     families,
+    files,
     modeling_unirefiner,
     own_towers,
     recording,

@@ -28,6 +28,12 @@ from .families import (
     part_of,
     patch_size_of,
 )
+from .files import (
+    check_finite_weights,
+    check_model,
+    check_reachable,
+    refuse_report,
+)
 from .own_towers import own_models, published_config
 from .weight_files import check_no_adapter, check_weights, pickled_alone
 
@@ -55,7 +61,9 @@ def tower_config(
             cannot be read, an unknown model type, or a variant of those two that is not
             supported.
     """
-    with translated(f"{name_or_path} cannot be loaded"):
+    check_model(name_or_path)
+    check_reachable(name_or_path, revision)
+    with translated(f"{name_or_path} cannot be loaded", Exception):
         check_no_adapter(name_or_path, revision=revision)
         published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
         return published_config(published) or AutoConfig.from_pretrained(
@@ -64,17 +72,20 @@ def tower_config(
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
+def translated(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Make what transformers and the Hub refuse inside a `UniRefinerError`.
 
     Args:
         what: names what was asked for, and that it cannot be had.
+        kinds: of further errors, where a config that nobody checked is built.
     """
     try:
         yield
     except UniRefinerError:
         raise
-    except _REFUSALS as problem:
+    except Exception as problem:
+        if not isinstance(problem, (*_REFUSALS, *kinds)):
+            raise
         if "cannot be loaded with `safetensors`" in str(problem):
             raise UniRefinerError(f"{what}: {pickled_alone('it')}") from problem
         raise UniRefinerError(f"{what}: {problem}") from problem
@@ -170,8 +181,8 @@ def load_tower(
 
     Raises:
         UniRefinerError: no such checkpoint, an unsupported family, weights that are
-            pickled, damaged, missing from the checkpoint, of another shape or of no known
-            part, or an attention or quantisation that is not there.
+            pickled, damaged, missing from the checkpoint, of another shape, of no known
+            part or not finite, or an attention or quantisation that is not there.
     """
     config = tower_config(
         name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -185,7 +196,7 @@ def load_tower(
     # Other parts are left out on purpose; the check below replaces the report.
     logging.set_verbosity_error()
     try:
-        with translated(f"{name_or_path} cannot be loaded"):
+        with translated(f"{name_or_path} cannot be loaded", Exception):
             check_weights(name_or_path, revision=revision)
             tower, report = AutoModel.from_pretrained(
                 name_or_path,
@@ -204,26 +215,13 @@ def load_tower(
         logging.set_verbosity(verbosity)
     prefix = f"{tower.base_model_prefix}."
     unknown = {str(key).removeprefix(prefix) for key in report["unexpected_keys"]}
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "of another shape": sorted(
-            f"{key}: {tuple(given)}, not {tuple(needed)}"
-            for key, given, needed in report["mismatched_keys"]
-        ),
-        "unknown": sorted(
-            key for key in unknown if key.split(".")[0] not in family.other_parts
-        ),
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {what} ({', '.join(keys[:3])})"
-            for what, keys in problems.items()
-            if keys
-        )
-        raise UniRefinerError(
-            f"{name_or_path} does not fit {type(tower).__name__}: {listed}. "
-            "Use the checkpoint of a vision tower as it was published."
-        )
+    refuse_report(
+        {**report, "unexpected_keys": unknown},
+        name_or_path,
+        type(tower).__name__,
+        family.other_parts,
+    )
+    check_finite_weights(tower, name_or_path)
     check_tower(tower)
     return tower
 

@@ -6,25 +6,21 @@ where an index or a config names it, and from an adapter that lies beside a mode
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import is_offline_mode
 from transformers.utils import cached_file, has_file
 
 from .errors import UniRefinerError
+from .files import ADAPTER, INDEX, WEIGHTS, read_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 SAFE = (".safetensors", ".safetensors.index.json")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json")
 EXPLICIT = "transformers_weights"
 """Field of a config that names the file of its weights."""
-Loaded = TypeVar("Loaded")
-
 PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 """Arguments of `from_pretrained` that say where files are."""
 
@@ -77,11 +73,6 @@ def check_weights(name_or_path: str, **place: Any) -> None:
     Raises:
         WeightFilesError: names the file, and how to convert it.
     """
-    if os.path.isfile(name_or_path):
-        raise WeightFilesError(
-            f"{name_or_path} is a file: name the folder that holds config.json and weights as "
-            "safetensors."
-        )
     check_no_adapter(name_or_path, **place)
     indices = [INDEX]
     for named in _named_by_config(name_or_path, place):
@@ -106,7 +97,7 @@ def _named_by_config(name_or_path: str, place: dict[str, Any]) -> Iterator[Any]:
     file = _peek(name_or_path, "config.json", place)
     if file is None:
         return
-    left = [_read(file)]
+    left: list[Any] = [read_json(file)]
     while left:
         part = left.pop()
         if isinstance(part, dict):
@@ -119,8 +110,7 @@ def _check_index(name_or_path: str, index: str, place: dict[str, Any]) -> None:
     file = _peek(name_or_path, index, place)
     if file is None:
         return
-    content = _read(file)
-    named = content.get("weight_map") if isinstance(content, dict) else None
+    named = read_json(file).get("weight_map")
     if not isinstance(named, dict):
         raise WeightFilesError(f"{index} of {name_or_path} names no files.")
     for shard in sorted(set(map(str, named.values()))):
@@ -167,38 +157,7 @@ def pickled_alone(name_or_path: str, files: str = ".bin") -> str:
     )
 
 
-def _read(file: str) -> Any:
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise WeightFilesError(f"{file} is not JSON: {problem}") from problem
-
-
-class SafeWeights:
-    """A model that `from_pretrained` reads from safetensors, whoever calls it.
-
-    Put it before `PreTrainedModel`. ``use_safetensors=False`` asks for a pickle, and gets it.
-    """
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Loaded], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> Loaded:
-        """As of transformers.
-
-        Raises:
-            WeightFilesError: see `check_weights`.
-        """
-        if pretrained_model_name_or_path is not None:
-            if kwargs.setdefault("use_safetensors", True):
-                place = {name: kwargs[name] for name in PLACE if kwargs.get(name)}
-                check_weights(str(pretrained_model_name_or_path), **place)
-        parent: Any = super(SafeWeights, cls)  # type: ignore[arg-type, misc]
-        return parent.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-
 __all__ = [
-    "SafeWeights",
     "WeightFilesError",
     "check_no_adapter",
     "check_weights",

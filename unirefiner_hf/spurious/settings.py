@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from ..errors import require
+from ..values import check_values
 
 
 @dataclass
@@ -15,14 +17,14 @@ class FilterSettings:
         UniRefinerError: a value is outside its range.
     """
 
-    strip_ratio: float = field(
+    strip_ratio: Annotated[float, "(0, 1]"] = field(
         default=0.35,
         metadata={
             "help": "Width of the reference strip glued to a crop, as a share of "
             "the grid's width; rounded down to patches, then up to an even number."
         },
     )
-    fpgp_sigma: float = field(
+    fpgp_sigma: Annotated[float, "(-inf, inf)"] = field(
         default=0.5,
         metadata={
             "help": "A token is a fixed pattern or global proxy when its highest "
@@ -30,7 +32,7 @@ class FilterSettings:
             "standard deviations. Lower rejects more."
         },
     )
-    fpgp_cosine: float | None = field(
+    fpgp_cosine: Annotated[float | None, "[-1, 1]"] = field(
         default=None,
         metadata={
             "help": "A fixed cosine threshold in place of fpgp_sigma. Unset: fpgp_sigma."
@@ -50,25 +52,25 @@ class FilterSettings:
             "False leaves that filter out of training."
         },
     )
-    detector_cosine: float = field(
+    detector_cosine: Annotated[float, "[-1, 1]"] = field(
         default=0.55,
         metadata={
             "help": "A target this similar to a register token is rejected; "
             "image-to-register cosines below it pass no gradient in L_uni."
         },
     )
-    detector_share: float = field(
+    detector_share: Annotated[float, "(0, 1]"] = field(
         default=1 / 3,
         metadata={"help": "Share of the register tokens used as detectors."},
     )
-    ah_layers: list[int] | None = field(
+    ah_layers: Annotated[list[int] | None, "[0, inf)"] = field(
         default=None,
         metadata={
             "help": "First and last layer (inclusive, from 0) whose attention flow "
             "finds attention hijackees. Unset: the filter is off."
         },
     )
-    ah_sigma: float = field(
+    ah_sigma: Annotated[float, "(-inf, inf)"] = field(
         default=0.5,
         metadata={
             "help": "A token is an attention hijackee when its inflow is this many "
@@ -86,21 +88,12 @@ class FilterSettings:
     )
 
     def __post_init__(self) -> None:
-        require(self, "strip_ratio", 0 < self.strip_ratio <= 1, "in (0, 1]")
-        require(self, "detector_share", 0 < self.detector_share <= 1, "in (0, 1]")
-        require(
-            self,
-            "ah_form",
-            self.ah_form in ("release", "paper"),
-            "'release' or 'paper'",
-        )
+        check_values(self, FilterSettings)
+        layers = self.ah_layers
         require(
             self,
             "ah_layers",
-            self.ah_layers is None
-            or (
-                len(self.ah_layers) == 2 and 0 <= self.ah_layers[0] <= self.ah_layers[1]
-            ),
+            layers is None or (len(layers) == 2 and layers[0] <= layers[1]),
             "two layer numbers, the first not above the last, or unset",
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 
@@ -13,12 +12,15 @@ from transformers import TrainingArguments
 from ..data.arguments import DataArguments
 from ..errors import UniRefinerError, as_users, require
 from ..loading.arguments import BackboneArguments
+from ..values import check_values
 from .distributed import needs_gloo
 from .options import TrainingOptions
-from .refused import REFUSED
+from .refused import BOUNDS, REFUSED
 
 PUBLISHED_BATCH = 16
 """Images a step at which the published learning rate holds."""
+MEASURING = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow a measurement."""
 
 
 @dataclass
@@ -66,7 +68,7 @@ class UniRefinerArguments(  # type: ignore[misc]
             self.dataloader_num_workers = min(4, os.cpu_count() or 1) if gpu else 0
         if self.ddp_backend is None and needs_gloo():
             self.ddp_backend = "gloo"
-        with as_users("arguments of the run"):
+        with as_users("arguments of the run", Exception):
             TrainingArguments.__post_init__(self)
 
     def _check_training(self) -> None:
@@ -80,27 +82,20 @@ class UniRefinerArguments(  # type: ignore[misc]
                     f"{field.name} is {value!r}, which is not "
                     f"supported: {REFUSED[field.name]}."
                 )
-        rate, epochs, share = (
-            self.learning_rate,
-            self.num_train_epochs,
-            self.final_lr_share,
-        )
-        positive = "finite and positive"
-        require(self, "learning_rate", 0 < rate < math.inf, positive)
-        require(self, "num_train_epochs", 0 < epochs < math.inf, positive)
+        check_values(self, TrainingOptions)
+        check_values(self, TrainingArguments, bounds=BOUNDS)
         require(
             self,
             "max_steps",
-            self.max_steps == -1 or self.max_steps >= 1,
+            self.max_steps != 0,
             "at least 1, or -1 for num_train_epochs",
         )
         require(
             self,
-            "final_lr_share",
-            share is None or 0 < share <= 1,
-            "in (0, 1], or unset",
+            "lr_scheduler_type",
+            self.lr_scheduler_type not in MEASURING,
+            "another schedule: a run measures nothing that this one could follow",
         )
-        require(self, "snapshot_steps", self.snapshot_steps >= 0, "0 or more")
         require(
             self,
             "save_strategy",

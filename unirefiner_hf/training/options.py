@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 
 @dataclass
@@ -12,7 +13,7 @@ class TrainingOptions:
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the run. Needed."}
     )
-    learning_rate: float = field(
+    learning_rate: Annotated[float, "(0, inf)"] = field(
         default=1e-4,
         metadata={"help": "Learning rate at a total batch of 16 (see the next)."},
     )
@@ -22,13 +23,13 @@ class TrainingOptions:
             "help": "Scale the learning rate with the total batch: lr * batch / 16."
         },
     )
-    weight_decay: float = field(
+    weight_decay: Annotated[float, "[0, inf)"] = field(
         default=0.1, metadata={"help": "Weight decay of AdamW."}
     )
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Learning-rate schedule."}
     )
-    final_lr_share: float | None = field(
+    final_lr_share: Annotated[float | None, "(0, 1]"] = field(
         default=None,
         metadata={
             "help": "Share of the learning rate that is left at the end; it falls "
@@ -36,19 +37,24 @@ class TrainingOptions:
             "lr_scheduler_type."
         },
     )
-    num_train_epochs: float = field(
+    num_train_epochs: Annotated[float, "(0, inf)"] = field(
         default=2.0,
         metadata={"help": "Passes over the images, unless max_steps is set."},
     )
-    per_device_train_batch_size: int = field(
-        default=16, metadata={"help": "Images a step on each device."}
+    per_device_train_batch_size: Annotated[int, "[1, inf)"] = field(
+        default=16,
+        metadata={"help": "Images a step on each device."},
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
-    save_steps: float = field(
-        default=100, metadata={"help": "Steps between checkpoints."}
+    logging_steps: Annotated[float, "(0, inf)"] = field(
+        default=10, metadata={"help": "Steps between logs."}
     )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept; the oldest go first."}
+    save_steps: Annotated[float, "(0, inf)"] = field(
+        default=100,
+        metadata={"help": "Steps between checkpoints."},
+    )
+    save_total_limit: Annotated[int | None, "[1, inf)"] = field(
+        default=2,
+        metadata={"help": "Checkpoints kept; the oldest go first."},
     )
     report_to: list[str] = field(  # type: ignore[assignment]
         default_factory=lambda: ["none"],
@@ -60,7 +66,7 @@ class TrainingOptions:
         default=None,
         metadata={"help": "Compute in bfloat16. Unset: on GPUs that can, off on CPUs."},
     )
-    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+    dataloader_num_workers: Annotated[int | None, "[0, inf)"] = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Processes a device that read images beside the step. Unset: up to 4 "
@@ -77,7 +83,7 @@ class TrainingOptions:
             "two steps, then faster; for GPUs."
         },
     )
-    snapshot_steps: int = field(
+    snapshot_steps: Annotated[int, "[0, inf)"] = field(
         default=0,
         metadata={"help": "Steps between PCA pictures in snapshots/. 0: none."},
     )

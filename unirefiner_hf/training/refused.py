@@ -52,3 +52,19 @@ REFUSED = {
     "use_liger_kernel": _NO_TEXT,
 }
 """Fields of `TrainingArguments` that a run does not read -> why, or what to use instead."""
+BOUNDS = {
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_epsilon": "(0, inf)",
+    "data_seed": "[0, 4294967295]",
+    "dataloader_prefetch_factor": "[1, inf)",
+    "ddp_bucket_cap_mb": "[1, inf)",
+    "ddp_timeout": "[1, 2147483647]",
+    "gradient_accumulation_steps": "[1, inf)",
+    "max_grad_norm": "[0, inf)",
+    "max_steps": "[-1, inf)",
+    "seed": "[0, 4294967295]",
+    "torch_empty_cache_steps": "[1, inf)",
+    "warmup_steps": "[0, inf)",
+}
+"""Fields of `TrainingArguments` that are numbers and read -> what they take."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Annotated, TYPE_CHECKING
 
 from ...errors import require
 from ..settings import BORDER, MethodSettings
@@ -41,26 +41,30 @@ class DistillationSettings(MethodSettings):
   archivePrefix = {arXiv}
 }"""
 
-    num_crops: int = field(
-        default=3, metadata={"help": "Crops per image and step (P in the paper)."}
+    num_crops: Annotated[int, "[1, inf)"] = field(
+        default=3,
+        metadata={"help": "Crops per image and step (P in the paper)."},
     )
-    crop_area_min: float = field(
-        default=0.25, metadata={"help": "Smallest crop area, as a share of the image."}
+    crop_area_min: Annotated[float, "(0, 1]"] = field(
+        default=0.25,
+        metadata={"help": "Smallest crop area, as a share of the image."},
     )
-    crop_area_max: float = field(
-        default=0.5, metadata={"help": "Largest crop area, as a share of the image."}
+    crop_area_max: Annotated[float, "(0, 1]"] = field(
+        default=0.5,
+        metadata={"help": "Largest crop area, as a share of the image."},
     )
-    crop_aspect_max: float = field(
+    crop_aspect_max: Annotated[float, "[1, inf)"] = field(
         default=1.5,
         metadata={
             "help": "Largest aspect ratio of a crop; drawn log-uniformly between "
             "its inverse and itself."
         },
     )
-    temperature: float = field(
-        default=0.2, metadata={"help": "Temperature of every softmax over cosines."}
+    temperature: Annotated[float, "(0, inf)"] = field(
+        default=0.2,
+        metadata={"help": "Temperature of every softmax over cosines."},
     )
-    uniformity: float = field(
+    uniformity: Annotated[float, "[0, inf)"] = field(
         default=0.3,
         metadata={
             "help": "Weight of the log-sum-exp over the teacher's tokens (u). The "
@@ -83,11 +87,11 @@ class DistillationSettings(MethodSettings):
             "choices": list(NEGATIVES),
         },
     )
-    scd_weight: float = field(
+    scd_weight: Annotated[float, "[0, inf)"] = field(
         default=0.4,
         metadata={"help": "Weight of L_scd, spatial correlation distillation."},
     )
-    scd_start: float = field(
+    scd_start: Annotated[float, "[0, 1]"] = field(
         default=0.1,
         metadata={"help": "Share of the run before L_scd sets in."},
     )
@@ -103,21 +107,10 @@ class DistillationSettings(MethodSettings):
         super().__post_init__()
         require(
             self,
-            "negatives",
-            self.negatives in (None, *NEGATIVES),
-            " or ".join(map(repr, NEGATIVES)) + ", or unset",
-        )
-        require(self, "num_crops", self.num_crops >= 1, "at least 1")
-        require(self, "crop_area_min", 0 < self.crop_area_min <= 1, "in (0, 1]")
-        require(
-            self,
             "crop_area_max",
-            self.crop_area_min <= self.crop_area_max <= 1,
-            f"between crop_area_min ({self.crop_area_min}) and 1",
+            self.crop_area_min <= self.crop_area_max,
+            f"crop_area_min ({self.crop_area_min}) or more",
         )
-        require(self, "crop_aspect_max", self.crop_aspect_max >= 1, "at least 1")
-        require(self, "temperature", self.temperature > 0, "positive")
-        require(self, "scd_start", 0 <= self.scd_start <= 1, "in [0, 1]")
 
     @classmethod
     def objective(cls) -> type[Distillation]:

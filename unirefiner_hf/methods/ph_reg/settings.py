@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Annotated, TYPE_CHECKING
 
 from ...errors import require
 from ..settings import ADAPTER, BORDER, REDUCED, MethodSettings
@@ -50,52 +50,47 @@ class PHRegSettings(MethodSettings):
   archivePrefix = {arXiv}
 }"""
 
-    register_tokens: int = field(
+    register_tokens: Annotated[int, "[0, inf)"] = field(
         default=16,
         metadata={
             "help": "Learned tokens that join the sequence. 0: the same distillation "
             "without registers, its control."
         },
     )
-    teacher_views: int = field(
+    teacher_views: Annotated[int, "[1, inf)"] = field(
         default=10,
         metadata={
             "help": "Views the teacher is averaged over, the image itself the first. "
             "1: no denoising."
         },
     )
-    teacher_shift: float = field(
+    teacher_shift: Annotated[float, "[0, 0.5)"] = field(
         default=0.15,
         metadata={"help": "How far a view is moved at most, as a share of the grid."},
     )
-    teacher_offsets: int = field(
+    teacher_offsets: Annotated[int, "[1, inf)"] = field(
         default=100,
         metadata={
             "help": "Offsets drawn, of which the views keep those far from each other."
         },
     )
-    teacher_flip: float = field(
+    teacher_flip: Annotated[float, "[0, 1]"] = field(
         default=0.5,
         metadata={"help": "Probability that a view is mirrored."},
     )
-    mse_weight: float = field(
+    mse_weight: Annotated[float, "[0, inf)"] = field(
         default=1.0,
         metadata={"help": "Weight of the squared error beside the cosine's loss."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "register_tokens", self.register_tokens >= 0, "0 or more")
-        require(self, "teacher_views", self.teacher_views >= 1, "at least 1")
-        require(self, "teacher_shift", 0 <= self.teacher_shift < 0.5, "in [0, 0.5)")
         require(
             self,
             "teacher_offsets",
             self.teacher_offsets >= self.teacher_views,
             f"teacher_views ({self.teacher_views}) or more",
         )
-        require(self, "teacher_flip", 0 <= self.teacher_flip <= 1, "in [0, 1]")
-        require(self, "mse_weight", self.mse_weight >= 0, "0 or more")
 
     @classmethod
     def objective(cls) -> type[PHReg]:
