@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from unirefiner_hf import refine
@@ -405,6 +407,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--keep", metavar="FOLDER", help="work here, and leave it")
     given = parser.parse_args(words)
     torch.set_num_threads(1)  # forked processes have no others
+    # Progress bars share a lock between processes, which a killed one never gives back.
+    tqdm.set_lock(threading.RLock())
     folder = Path(given.keep or tempfile.mkdtemp(prefix="lost-work-")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(given.seed)
@@ -424,7 +428,7 @@ def main(words: list[str] | None = None) -> int:
                 continue
             before = time.monotonic()
             tally = trial(work, count, chance)
-            print("\n".join(tally.lines(name)))
+            print("\n".join(tally.lines(name)), flush=True)
             print(f"  {time.monotonic() - before:.0f} s", flush=True)
             losses += len(tally.lost)
     finally:

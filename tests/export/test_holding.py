@@ -1,5 +1,6 @@
 """The lock on a run's folder: who holds it, and that a dead process does not."""
 
+import errno
 import json
 import os
 import signal
@@ -76,3 +77,25 @@ def test_a_folder_that_cannot_be_written_to_is_not_locked(tmp_path, monkeypatch)
     monkeypatch.setattr(locks.os, "access", lambda *_: False)
     with holding(tmp_path, "merge"):
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")],
+)
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog, problem):
+    def acquire(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(locks.FileLock, "acquire", acquire)
+    with holding(tmp_path, "merge"):
+        assert "without locks" in caplog.text
+
+
+def test_another_error_of_the_disk_is_not_swallowed(tmp_path, monkeypatch):
+    def acquire(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(locks.FileLock, "acquire", acquire)
+    with pytest.raises(OSError, match="Input/output"), holding(tmp_path, "merge"):
+        pass

@@ -14,6 +14,7 @@ from unirefiner_hf import (
     UniRefinerError,
     UniRefinerSettings,
     UniRefinerTrainer,
+    load_recipe,
     merge,
     refine,
 )
@@ -29,7 +30,13 @@ from unirefiner_hf.methods.base import load_trainable
 from unirefiner_hf.methods.registry import method_settings
 from unirefiner_hf.training import asked_of_run
 from unirefiner_hf.training.arguments import UniRefinerArguments
-from unirefiner_hf.training.asked_of_run import HARMLESS, OtherRunError, identity
+from unirefiner_hf.training.asked_of_run import (
+    HARMLESS,
+    OtherRunError,
+    differences,
+    identity,
+    recipe_of_run,
+)
 from unirefiner_hf.training.keywords import ARGUMENTS
 from unirefiner_hf.training.start import RunError
 
@@ -289,11 +296,16 @@ def test_the_identity_has_no_path_and_misses_no_field(tmp_path):
     assert not unknown, "no argument has this name"
 
 
-def test_the_readers_of_a_stream_are_no_harmless_number(tmp_path):
-    for streaming in (False, True):
-        args = UniRefinerArguments(str(tmp_path), streaming=streaming, use_cpu=True)
-        told = identity(args, UniRefinerSettings())
-        assert ("dataloader_num_workers" in told) is streaming
+@pytest.mark.parametrize("processes,expected", [(1, 4), (2, 2), (4, 1), (3, 1)])
+def test_other_processes_make_the_same_batches(run, monkeypatch, processes, expected):
+    """By another accumulation where there is one, unless it was given."""
+    monkeypatch.setattr(asked_of_run, "announced_processes", lambda: processes)
+    record = json.loads((run / "run.json").read_text())
+    record["training"]["total_batch"] = 8  # four processes took two images each
+    (run / "run.json").write_text(json.dumps(record))
+    assert recipe_of_run(run).args.gradient_accumulation_steps == expected
+    words = {"gradient_accumulation_steps": ["5"]}
+    assert recipe_of_run(run, words).args.gradient_accumulation_steps == 5
 
 
 def test_a_checkpoint_of_an_earlier_version_is_told(run, caplog):
@@ -310,6 +322,24 @@ def test_a_checkpoint_of_an_earlier_version_is_told(run, caplog):
         refine(resume=run.parent)
 
 
+def test_what_an_earlier_version_did_not_know_is_as_nobody_asks(tmp_path):
+    args = UniRefinerArguments(str(tmp_path), use_cpu=True, weight_decay=0.2)
+    now = identity(args, UniRefinerSettings())
+    lacking = ("accelerator_config", "weight_decay", "lazy_channels")
+    before = {name: value for name, value in now.items() if name not in lacking}
+    assert differences(before, now) == {"weight_decay": (0.1, 0.2)}
+    assert differences({**now, "gone": 1}, now) == {}
+
+
+def test_args_and_a_run_both_say_how(run, tmp_path):
+    args = UniRefinerArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(RunError, match="args is a UniRefinerArguments, and resume="):
+        refine(resume=run, args=args)
+    recipe = load_recipe("demo", output_dir=str(tmp_path))
+    with pytest.raises(RunError, match="recipe is a Recipe, and resume="):
+        refine(resume=run, recipe=recipe)
+
+
 def test_one_digest_in_every_precision_and_with_an_adapter(places):
     args = UniRefinerArguments("x", use_cpu=True, image_size=24)
     digests = set()
@@ -323,6 +353,24 @@ def test_one_digest_in_every_precision_and_with_an_adapter(places):
     with torch.no_grad():
         next(base.model.tower.parameters()).mul_(1.01)
     assert base_sha256(base.model) not in digests
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "cannot be read"),
+        ("[]", "is of format None, expected 1"),
+        ('{"format": 2}', "is of format 2"),
+        (
+            '{"format": 1, "model": 3, "data": null}',
+            "tell model, method, settings, args",
+        ),
+    ],
+)
+def test_a_damaged_record_is_told(run, content, told):
+    (run / ASKED).write_text(content)
+    with pytest.raises(UniRefinerError, match=f"asked.json {told}"):
+        refine(resume=run)
 
 
 # What is whole of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -12,14 +13,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from transformers.utils import logging
 
 from ..modeling.errors import UniRefinerError
 from ..outputs import is_gone, write_json
+
+logger = logging.get_logger(__name__)
 
 LOCK, HOLDER = ".lock", ".holder.json"
 """In a run: what is locked, and who holds it while somebody does."""
 PATIENCE = 15.0
 """Seconds until the system has let go of the lock of a process that was killed."""
+
+UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What a file system answers that knows no locks."""
 
 _held: set[tuple[Path, int]] = set()
 
@@ -53,7 +60,17 @@ def holding(run: str | os.PathLike[str], command: str) -> Iterator[None]:
         yield
         return
     lock = FileLock(folder / LOCK)
-    _acquire(lock, folder)
+    try:
+        _acquire(lock, folder)
+    except (OSError, NotImplementedError) as problem:
+        if isinstance(problem, OSError) and problem.errno not in UNKNOWN:
+            raise
+        logger.warning(
+            f"{folder} lies on a file system without locks ({problem}): nothing keeps a "
+            "second command out of it. Start one at a time."
+        )
+        yield
+        return
     _held.add(key)
     try:
         write_json(folder / HOLDER, _this_process(command))

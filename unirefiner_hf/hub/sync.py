@@ -35,6 +35,7 @@ from ..export.run_folder import (
     CARD,
     FETCHING,
     LAST,
+    OPTIMIZER_STATE,
     RECORD,
     REFINER_STATE,
     TRAINER_STATE,
@@ -277,20 +278,29 @@ def fetch_last_checkpoint(
         ``checkpoint-N`` in the run's folder, None where the repository holds none.
 
     Raises:
-        HubError: the Hub refuses.
+        HubError: the Hub refuses; or the optimiser's state there is a pickle, which is not
+            fetched.
     """
     api = HfApi(token=token, library_name="unirefiner_hf")
     found = _last_checkpoint(api, repo_id)
     if found is None:
         return None
-    head, chosen = found
+    head, chosen, whole = found
+    if not whole:
+        raise HubError(
+            f"{chosen} of {repo_id} holds no {OPTIMIZER_STATE}: its optimiser's state is a "
+            "pickle, which can run anything and is not fetched. If it is yours, download "
+            f"the folder to checkpoint-N in {run.name} and set allow_pickled_checkpoint; "
+            "or start in another output_dir."
+        )
     staging = run / FETCHING
     shutil.rmtree(staging, ignore_errors=True)
     download = partial(
         snapshot_download,
         repo_id,
         revision=head,
-        allow_patterns=[f"{chosen}/*"],
+        # What a checkpoint of ours is made of; a pickle is not fetched.
+        allow_patterns=[f"{chosen}/*.json", f"{chosen}/*.safetensors"],
         local_dir=staging,
         token=token,
     )
@@ -303,10 +313,13 @@ def fetch_last_checkpoint(
     return target
 
 
-def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[str, str] | None:
-    """Commit and folder of the newest one; earlier versions left it on the main branch."""
+def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[str, str, bool] | None:
+    """Commit and folder of the newest one, and whether its state is there without a pickle.
 
-    def look() -> tuple[str, str] | None:
+    Earlier versions left it on the main branch.
+    """
+
+    def look() -> tuple[str, str, bool] | None:
         if remote_state(api, repo_id) is None:
             return None
         for revision in (BRANCH, MAIN):
@@ -319,7 +332,7 @@ def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[str, str] | None:
             chosen = checkpoint_name(max(steps)) if steps else None
             chosen = LAST if LAST in folders else chosen
             if chosen is not None and state is not None:
-                return state.head, chosen
+                return state.head, chosen, f"{chosen}/{OPTIMIZER_STATE}" in files
         return None
 
     return explained(look, repo_id)

@@ -29,6 +29,7 @@ from ..export.run_folder import (
     RunFolderError,
     as_path,
     is_run,
+    read_record,
     read_refiner_state,
 )
 from ..loading.starter import NAME as STARTER
@@ -37,13 +38,23 @@ from ..methods.settings import MethodSettings
 from ..modeling.errors import UniRefinerError
 from ..resources import find_recipe
 from .arguments import UniRefinerArguments
+from .distributed import announced_processes
 from .fields import Values, read_recipe, to_words
 from .keywords import ARGUMENTS
 from .recipe import Recipe, recipe_of_words
 from .refused import REFUSED
+from .split import accumulation_for
 
 logger = logging.get_logger(__name__)
 
+PARTS = {
+    "model": (str, type(None)),
+    "data": (str, type(None)),
+    "method": str,
+    "settings": dict,
+    "args": dict,
+}
+"""Of ``asked.json``, and what each is; no model or data where it was in memory."""
 PLACES = ("model", "data", "revision", "reference_image")
 """Where something lies, which may change: what lies there is compared by its digest."""
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -94,7 +105,7 @@ HARMLESS = frozenset(
         "model_license",
         "publish_pictures",
         "push_to_hub",
-        # Who reads the images, and how far ahead; of a stream, see `harmless`.
+        # Who reads the images, and how far ahead; a stream keeps its order, see `streams`.
         "dataloader_multiprocessing_context",
         "dataloader_num_workers",
         "dataloader_persistent_workers",
@@ -124,14 +135,9 @@ class OtherRunError(UniRefinerError):
     """The run cannot go on as asked: its weights follow from something else."""
 
 
-def harmless(streaming: bool) -> frozenset[str]:
-    """`HARMLESS`; the readers of a stream share out its images, so their number is not."""
-    return HARMLESS - {"dataloader_num_workers"} if streaming else HARMLESS
-
-
 def identity(args: UniRefinerArguments, settings: MethodSettings) -> dict[str, Any]:
     """What the weights follow from, of arguments and settings; see `found_out`."""
-    left = {*harmless(args.streaming), *PLACES, *SPLIT, *NOT_KEPT, *OF_THE_MACHINE}
+    left = {*HARMLESS, *PLACES, *SPLIT, *NOT_KEPT, *OF_THE_MACHINE}
     told = {**_plain(args), **dataclasses.asdict(settings)}
     kept = {name: value for name, value in told.items() if name not in left}
     return _as_json({"method": settings.name, **kept})
@@ -166,15 +172,18 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Name -> (recorded, asked for), of all that differs between two identities.
 
-    Of another method, that alone is told. What an earlier version did not know stands for
-    its default.
+    Of another method, that alone is told. What an earlier version did not know has to be
+    as it is where nobody asks for it.
     """
     if before.get("method") != now.get("method"):
         return {"method": (before.get("method"), now.get("method"))}
-    defaults = _defaults(UniRefinerArguments)
+    unasked: Mapping[str, Any] = {}
+    if not before.keys() >= now.keys() and "method" in now:
+        kind = method_named(now["method"])
+        unasked = identity(UniRefinerArguments("."), kind())
     found = {}
     for name, value in now.items():
-        recorded = before.get(name, defaults.get(name, value))
+        recorded = before.get(name, unasked.get(name, value))
         if recorded != value:
             found[name] = (recorded, value)
     return found
@@ -255,15 +264,20 @@ def read_asked(run: Path) -> dict[str, Any]:
         )
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise RunFolderError(f"{file} cannot be read: {problem}") from problem
-    found = told.get("format") if isinstance(told, dict) else None
-    if found != ASKED_FORMAT:
-        raise RunFolderError(
-            f"{file} is of format {found!r}, expected {ASKED_FORMAT}: put back what the run "
-            "wrote, or give the options it was started with, and --resume without a folder."
-        )
-    return told
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} cannot be read: {error}") from error
+    told = told if isinstance(told, dict) else {}
+    found = told.get("format")
+    problem = f"is of format {found!r}, expected {ASKED_FORMAT}"
+    if found == ASKED_FORMAT:
+        lacking = [name for name, kind in PARTS.items() if not _is(told, name, kind)]
+        if not lacking:
+            return told
+        problem = f"does not tell {', '.join(lacking)}"
+    raise RunFolderError(
+        f"{file} {problem}: put back what the run wrote, or give the options it was started "
+        "with, and --resume without a folder."
+    )
 
 
 def recipe_of_run(
@@ -300,7 +314,13 @@ def recipe_of_run(
     for old, new in NEWER_NAMES.items():
         if old in words:
             recorded.pop(new, None)
+    if not any(name in words for name in SPLIT):
+        recorded |= _same_batches(folder, told)
     return recipe_of_words(None, {**recorded, **words, **place})
+
+
+def _is(told: Mapping[str, Any], name: str, kind: Any) -> bool:
+    return name in told and isinstance(told[name], kind)
 
 
 def _recorded_words(told: Mapping[str, Any]) -> dict[str, Values]:
@@ -315,6 +335,21 @@ def _recorded_words(told: Mapping[str, Any]) -> dict[str, Values]:
         for name, value in {**places, **values}.items()
         if value not in ([], {})
     }
+
+
+def _same_batches(run: Path, told: Mapping[str, Any]) -> dict[str, Values]:
+    """The accumulation that makes as many images a step on as many processes as there are.
+
+    Nothing where none does: `check_split` says then what would.
+    """
+    if not is_run(run):
+        return {}
+    total = int(read_record(run)["training"]["total_batch"])
+    batch = int(told["args"]["per_device_train_batch_size"])
+    accumulation = accumulation_for(total, batch, announced_processes())
+    if accumulation is None:
+        return {}
+    return {"gradient_accumulation_steps": [str(accumulation)]}
 
 
 def _defaults(kind: type) -> dict[str, Any]:

@@ -101,3 +101,18 @@ class TrainingOptions:
             "push_to_hub and none there, from the one on the Hub."
         },
     )
+    allow_pickled_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Let resume read an optimiser's state that DeepSpeed or FSDP pickled. A "
+            "pickle can run anything: only for checkpoints you wrote yourself. Never "
+            "fetched from the Hub."
+        },
+    )
+    ddp_timeout: int = field(
+        default=600,
+        metadata={
+            "help": "Seconds after which a process that does not answer is lost, and the run "
+            "ends with a message. A link may be cut for as long."
+        },
+    )

@@ -183,11 +183,12 @@ def checkpoint_to_resume(
 
 def _by_first(args: UniRefinerArguments, function: Callable, *given: Any) -> Any:
     """What a function gives on the first process, on all; where it raises, all do."""
-    result, problem = None, None
+    result: Any = None
+    problem: Exception | None = None
     if not args.process_index:
         try:
             result = function(*given)
-        except UniRefinerError as error:
+        except (UniRefinerError, OSError) as error:
             problem = error
     fail_together(problem)
     return told_by_first(result)

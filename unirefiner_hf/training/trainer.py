@@ -84,10 +84,12 @@ from .distributed import (
     lost_contact,
     told_by_first,
     wait_for_all,
+    wait_long_for_all,
 )
 from .fields import to_words
 from .keywords import settle
 from .record import finished_record, metrics_of, started_record
+from .split import check_split
 from .start import (
     RunError,
     build_objective,
@@ -203,6 +205,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if self.resumed is not None:
             check_same(self.resumed, self.asked)
         check_method(self.resumed, settings)
+        if self.resumed is not None:
+            check_split(self.resumed, args)
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
             check_float8(args.device)
@@ -223,6 +227,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 "needs one: look it up and set model_license."
             )
         images = open_unlabelled(train_dataset, self.backbone, args)
+        # Each has fetched and read at its own pace.
+        wait_long_for_all()
         main = not args.process_index
         base = told_by_first(base_sha256(self.backbone.model) if main else "")
         self.asked |= found_out(base, images, args.reference_image)
@@ -237,6 +243,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             compile_layers(self.backbone.model)
         self.lazy_channels = settle_lazy_channels(objective, images, self.resumed)
         self.shown = sample_images(images, args.report_images)
+        wait_long_for_all()
         total_batch = args.train_batch_size * args.gradient_accumulation_steps
         self.total_batch = total_batch * args.world_size
         args.learning_rate = args.scaled_learning_rate(self.total_batch)
@@ -341,7 +348,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         """
         if kwargs:
             raise RunError(f"train() takes no {next(iter(kwargs))}: leave it out.")
-        with self.holding():
+        with self.holding(), self._naming_the_lost():
             checkpoint = self._checkpoint(resume_from_checkpoint)
             self._started = True
             wait_for_all()
@@ -352,6 +359,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
             self._damaged = ()
             started = time.monotonic()
             output = self._run(checkpoint)
+            # One may have uploads to finish.
+            wait_long_for_all()
             self._finish(time.monotonic() - started, checkpoint)
             wait_for_all()
         return output
@@ -418,19 +427,14 @@ class UniRefinerTrainer(RefinementCheckpoints):
         # The order of the images follows the generator, which may have served since.
         set_seed(self.args.seed)
         with self.graceful_stop.watching():
-            try:
-                if checkpoint is not None and self.restore_finished(checkpoint):
-                    step = self.state.global_step
-                    output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
-                else:
-                    if checkpoint is not None:
-                        check_state(checkpoint)
-                    resume = str(checkpoint) if checkpoint else None
-                    output = super().train(resume_from_checkpoint=resume)
-            except Exception as problem:
-                if isinstance(problem, CheckpointError) or not lost_contact(problem):
-                    raise
-                raise self._lost(problem) from problem
+            if checkpoint is not None and self.restore_finished(checkpoint):
+                step = self.state.global_step
+                output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
+            else:
+                if checkpoint is not None:
+                    check_state(checkpoint)
+                resume = str(checkpoint) if checkpoint else None
+                output = super().train(resume_from_checkpoint=resume)
         if self.graceful_stop.received is not None:
             name = checkpoint_name(last_checkpoint_step(self.folder) or 0)
             raise Interrupted(
@@ -439,20 +443,32 @@ class UniRefinerTrainer(RefinementCheckpoints):
             )
         return output
 
-    def _lost(self, problem: Exception) -> LostProcessError:
-        step = last_checkpoint_step(self.folder)
-        left = "There is no checkpoint yet."
-        if step is not None:
-            left = f"{checkpoint_name(step)} is left."
-        how = f"Continue with --resume {self.folder}"
-        if step is None:
-            how = "Start again"
-        reason = " ".join(str(problem).split())[:200]
-        return LostProcessError(
-            f"Process {self.args.process_index} lost contact with another after step "
-            f"{self.state.global_step}: it was killed or its machine is gone. {left} {how}, "
-            f"on as many processes. ({reason})"
-        )
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Say of an error in talking to another process what it means, and how to go on.
+
+        Raises:
+            LostProcessError: in its place.
+        """
+        try:
+            yield
+        except Exception as problem:
+            if isinstance(problem, CheckpointError) or not lost_contact(problem):
+                raise
+            step = last_checkpoint_step(self.folder)
+            how = "There is no checkpoint yet. Start again with the same command."
+            if step is not None:
+                how = (
+                    f"{checkpoint_name(step)} is left. Launch again as before, with "
+                    f"'refine --resume {self.folder}'; or on other machines and processes, "
+                    f"with the accumulation that makes {self.total_batch} images a step."
+                )
+            reason = " ".join(str(problem).split())[:200]
+            raise LostProcessError(
+                f"Process {self.args.process_index} lost contact with another after step "
+                f"{self.state.global_step}: it was killed, or its machine or the link to it "
+                f"is gone. {how} ({reason})"
+            ) from problem
 
     def _finish(self, seconds: float, checkpoint: Path | None) -> None:
         """Adapter, comparison, picture and record.
@@ -538,7 +554,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 record = read_record(self.folder)
                 write_json(self.folder / RECORD, {**record, "finished": True})
                 logger.info(f"The refined model is in {folder}.")
-            wait_for_all()
+            wait_long_for_all()
         return merged
 
     def push_to_hub(  # type: ignore[override]
@@ -568,7 +584,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             logger.info(f"The refined model is at {pushed.url}.")
             for note in pushed.notes:
                 logger.warning(note)
-        wait_for_all()
+        wait_long_for_all()
         return pushed
 
     def create_model_card(  # type: ignore[override]
@@ -642,6 +658,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if not isinstance(stream, RefinementStream):
             return super().get_train_dataloader()
         stream.endless = True
+        stream.batch = self.args.train_batch_size
         self.args.ignore_data_skip = True
         args = self.args
         workers = min(args.dataloader_num_workers, stream.shards)

@@ -84,10 +84,12 @@ def test_a_run_survives_the_loss_of_its_machine(hub, refine, tmp_path):
     kept = hub.files(REPO, "training")
     state = json.loads(kept["last-checkpoint/trainer_state.json"])
     assert state["global_step"] == 2
+    hub.commit(REPO, {"last-checkpoint/global_step2/optim_states.pt": b"a pickle"})
 
     done = refine("--resume", hub_strategy="checkpoint").wait()
     succeed(done)
     assert "Fetched checkpoint-2" in done.stderr
+    assert not list((tmp_path / "run").rglob("*.pt"))
     assert hub.files(REPO)[ADAPTER] == undisturbed
 
 
