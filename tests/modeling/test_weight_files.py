@@ -12,7 +12,8 @@ from tests.dual_encoders import save_dual_run
 from tests.training.conftest import save_images, save_tiny_tower
 from unirefiner_hf import UniRefinerBackbone, UniRefinerError, UniRefinerModel
 from unirefiner_hf.cli import main
-from unirefiner_hf.loading.adapter import CheckpointError, load_adapter
+from unirefiner_hf.loading.adapter import load_adapter
+from unirefiner_hf.modeling.files import FileError
 from unirefiner_hf.modeling.text_side import load_text_side
 from unirefiner_hf.modeling.towers import load_tower
 from unirefiner_hf.modeling.weight_files import WeightFilesError
@@ -81,8 +82,8 @@ def index_of_pickles(folder, plant):
 
 
 def index_that_leaves_the_folder(folder, plant):
+    shutil.copy(folder / "model.safetensors", folder.parent / "x.safetensors")
     only_pickled(folder, plant)
-    shutil.copy(folder / "pytorch_model.bin", folder.parent / "x.safetensors")
     index = {"weight_map": {"w": "../x.safetensors"}, "metadata": {}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -199,5 +200,5 @@ def test_estimate_gives_the_same_answer_of_an_adapter(plant, tmp_path, capsys):
 def test_a_damaged_adapter_is_named(tmp_path):
     model = UniRefinerModel.from_tower(make_tiny_tower("dinov2"))
     (tmp_path / "adapter_model.safetensors").write_bytes(pickle.dumps({}))
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(FileError, match="adapter_model.safetensors is damaged"):
         load_adapter(model, tmp_path)

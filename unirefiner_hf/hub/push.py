@@ -84,6 +84,14 @@ class Pushed(Result):
         return f"{self.repo_id} at {self.url}"
 
     @property
+    def notes(self) -> list[str]:
+        """What stayed in the run's folder, and why."""
+        return [
+            f"Not published: {name}, which shows training images (--pictures does)."
+            for name in self.left_out
+        ]
+
+    @property
     def _place(self) -> str:
         if self.tag is None:
             proposed = self.pull_request or "none needed"
@@ -117,10 +125,7 @@ class Pushed(Result):
             lines.append(f"Removed: {', '.join(self.removed)}.")
         if self.kept:
             lines.append(f"Of another hand, kept: {', '.join(self.kept)}.")
-        for name in self.left_out:
-            lines.append(
-                f"Not published: {name}, which shows training images (--pictures does)."
-            )
+        lines += self.notes
         return "\n".join([*lines, self._place])
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,7 @@ from ..export.run_folder import (
 )
 from ..loading import adapter as adapter_files
 from .access import check_access, check_private
-from .client import (
-    MAIN,
-    HubError,
-    RemoteState,
-    explained,
-    explanation,
-    remote_state,
-    with_retries,
-)
+from .client import MAIN, HubError, explained, explanation, remote_state, with_retries
 
 logger = logging.get_logger(__name__)
 
@@ -285,14 +278,15 @@ def fetch_last_checkpoint(
         ``checkpoint-N`` in the run's folder, None where the repository holds none.
 
     Raises:
-        HubError: the optimiser's state there is a pickle, which is not fetched.
+        HubError: the Hub refuses; or the optimiser's state there is a pickle, which is not
+            fetched.
     """
     api = HfApi(token=token, library_name="unirefiner_hf")
     found = _last_checkpoint(api, repo_id)
     if found is None:
         return None
-    state, chosen = found
-    if f"{chosen}/{OPTIMIZER_STATE}" not in state.files:
+    head, chosen, whole = found
+    if not whole:
         raise HubError(
             f"{chosen} of {repo_id} holds no {OPTIMIZER_STATE}: its optimiser's state is a "
             "pickle, which can run anything and is not fetched. If it is yours, download "
@@ -301,16 +295,16 @@ def fetch_last_checkpoint(
         )
     staging = run / FETCHING
     shutil.rmtree(staging, ignore_errors=True)
-    with_retries(
-        lambda: snapshot_download(
-            repo_id,
-            revision=state.head,
-            # What a checkpoint of ours is made of; a pickle is not fetched.
-            allow_patterns=[f"{chosen}/*.json", f"{chosen}/*.safetensors"],
-            local_dir=staging,
-            token=token,
-        )
+    download = partial(
+        snapshot_download,
+        repo_id,
+        revision=head,
+        # What a checkpoint of ours is made of; a pickle is not fetched.
+        allow_patterns=[f"{chosen}/*.json", f"{chosen}/*.safetensors"],
+        local_dir=staging,
+        token=token,
     )
+    explained(lambda: with_retries(download), repo_id)
     step = _step(staging / chosen)
     target = run / checkpoint_name(step)
     os.replace(staging / chosen, target)
@@ -319,10 +313,13 @@ def fetch_last_checkpoint(
     return target
 
 
-def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[RemoteState, str] | None:
-    """State and folder of the newest one; earlier versions left it on the main branch."""
+def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[str, str, bool] | None:
+    """Commit and folder of the newest one, and whether its state is there without a pickle.
 
-    def look() -> tuple[RemoteState, str] | None:
+    Earlier versions left it on the main branch.
+    """
+
+    def look() -> tuple[str, str, bool] | None:
         if remote_state(api, repo_id) is None:
             return None
         for revision in (BRANCH, MAIN):
@@ -335,7 +332,7 @@ def _last_checkpoint(api: HfApi, repo_id: str) -> tuple[RemoteState, str] | None
             chosen = checkpoint_name(max(steps)) if steps else None
             chosen = LAST if LAST in folders else chosen
             if chosen is not None and state is not None:
-                return state, chosen
+                return state.head, chosen, f"{chosen}/{OPTIMIZER_STATE}" in files
         return None
 
     return explained(look, repo_id)

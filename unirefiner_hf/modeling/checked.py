@@ -28,20 +28,19 @@ class CheckedModel:
                 caller to judge.
 
         Raises:
-            WeightFilesError: see `check_weights`.
-            UniRefinerError: no such checkpoint, a damaged file (names it), a checkpoint of
-                another model, or weights that are missing, unknown, of another shape or not
-                finite.
+            UniRefinerError: no such checkpoint, a damaged file (names it), weights that are
+                pickled (see `check_weights`), a checkpoint of another model, or weights that
+                are missing, unknown, of another shape or not finite.
         """
         name = pretrained_model_name_or_path
         check_model(name)
-        if name is not None and kwargs.setdefault("use_safetensors", True):
-            place = {part: kwargs[part] for part in PLACE if kwargs.get(part)}
-            check_weights(str(name), **place)
         reported = kwargs.pop("output_loading_info", False)
         # Reported, and refused below.
         kwargs.setdefault("ignore_mismatched_sizes", True)
         with translated(f"{name} cannot be loaded", Exception):
+            if name is not None and kwargs.setdefault("use_safetensors", True):
+                place = {key: kwargs[key] for key in PLACE if kwargs.get(key)}
+                check_weights(str(name), **place)
             parent: Any = super(CheckedModel, cls)  # type: ignore[arg-type, misc]
             loaded = parent.from_pretrained(
                 name, *args, output_loading_info=True, **kwargs

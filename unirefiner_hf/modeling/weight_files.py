@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import cached_file
+from transformers.utils import cached_file, has_file
 
 from .errors import UniRefinerError
 from .files import ADAPTER, INDEX, WEIGHTS, read_json
@@ -93,9 +94,10 @@ def check_weights(name_or_path: str, **place: Any) -> None:
             indices.append(named)
     for index in indices:
         _check_index(name_or_path, index, place)
-    folder = Path(name_or_path, place.get("subfolder") or "")
-    if len(indices) == 1 and folder.is_dir():
-        _check_there(folder)
+    if os.path.isdir(name_or_path):
+        _check_there(Path(name_or_path, place.get("subfolder") or ""))
+    elif not is_offline_mode():
+        _check_on_hub(name_or_path, place)
 
 
 def _named_by_config(name_or_path: str, place: dict[str, Any]) -> Iterator[Any]:
@@ -103,7 +105,7 @@ def _named_by_config(name_or_path: str, place: dict[str, Any]) -> Iterator[Any]:
     file = _peek(name_or_path, "config.json", place)
     if file is None:
         return
-    left = [read_json(file)]
+    left: list[Any] = [read_json(file)]
     while left:
         part = left.pop()
         if isinstance(part, dict):
@@ -116,8 +118,7 @@ def _check_index(name_or_path: str, index: str, place: dict[str, Any]) -> None:
     file = _peek(name_or_path, index, place)
     if file is None:
         return
-    content = read_json(file)
-    named = content.get("weight_map") if isinstance(content, dict) else None
+    named = read_json(file).get("weight_map")
     if not isinstance(named, dict):
         raise WeightFilesError(f"{index} of {name_or_path} names no files.")
     for shard in sorted(set(map(str, named.values()))):
@@ -138,6 +139,19 @@ def _check_there(folder: Path) -> None:
     if not pickled:
         raise WeightFilesError(f"{folder} holds no weights: there is no {WEIGHTS}.")
     raise WeightFilesError(pickled_alone(str(folder), ", ".join(pickled[:3])))
+
+
+def _check_on_hub(name: str, place: dict[str, Any]) -> None:
+    """Say so where a repository's weights are pickled; transformers would ask a service to
+    convert them, and take what another hand proposes there.
+    """
+    if any(_peek(name, file, place) is not None for file in (WEIGHTS, INDEX)):
+        return
+    options = {k: v for k, v in place.items() if k != "subfolder"}
+    below = f"{place['subfolder']}/" if place.get("subfolder") else ""
+    for file in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if has_file(name, f"{below}{file}", **options):
+            raise WeightFilesError(pickled_alone(name, file))
 
 
 def pickled_alone(name_or_path: str, files: str = ".bin") -> str:

