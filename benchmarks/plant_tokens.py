@@ -124,6 +124,11 @@ def draw_view(
 
 def plant(options: argparse.Namespace) -> dict[str, float]:
     """Train the adapter and save it; returns the mean cosine to the wanted tokens."""
+    folder = options.output
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RULE_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds no {RULE_FILE} of an earlier call: name another."
+        )
     rule = PlantingRule(options.measure, options.proxy_rank, options.pattern_rank)
     checkpoint = load_checkpoint(options.model)
     tower, paths = checkpoint.model.tower, list_images(options.images)
@@ -168,7 +173,6 @@ def plant(options: argparse.Namespace) -> dict[str, float]:
         if step % 20 == 0 or step == options.steps - 1:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in cosines.items())
             print(f"step {step}: cosine to the target: {shown}", file=sys.stderr)
-    options.output.mkdir(parents=True, exist_ok=True)
     tower.peft_config["default"].base_model_name_or_path = Path(options.model).name
     tower.save_pretrained(options.output)
     (options.output / "README.md").unlink(missing_ok=True)

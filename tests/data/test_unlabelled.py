@@ -1,16 +1,18 @@
 """Training images from folders, tables and streams."""
 
 import json
+import time
 
 import datasets
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.data.samples import collate
+from unirefiner_hf.data.streams import StreamStateError
 from unirefiner_hf.data.unlabelled import open_images, sample_images
 
 PIXELS = {"image_size": (16, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -217,7 +219,7 @@ def test_a_stream_goes_on_in_the_middle(tmp_path, table, workers, picked):
     def read(stream, batches):
         stream.endless = True
         loader = DataLoader(
-            stream, batch_size=2, collate_fn=collate, num_workers=workers
+            stream, batch_size=stream.batch, collate_fn=collate, num_workers=workers
         )
         seen = []
         for batch, _ in zip(loader, range(batches), strict=False):
@@ -225,15 +227,102 @@ def test_a_stream_goes_on_in_the_middle(tmp_path, table, workers, picked):
             seen.append(batch["pixel_values"])
         return torch.stack(seen)
 
-    whole = read(stream_of(data, max_images=picked), 11)
+    def opened():
+        stream = stream_of(data, max_images=picked)
+        stream.batch = 2
+        return stream
+
+    whole = read(opened(), 11)
     for stop in (1, 5, 8):
-        before, after = (
-            stream_of(data, max_images=picked),
-            stream_of(data, max_images=picked),
-        )
+        before, after = opened(), opened()
         read(before, stop)
-        after.resume(json.loads(json.dumps(before.state())))
+        after.resume([json.loads(json.dumps(before.state()))])
         assert torch.equal(read(after, 11 - stop), whole[stop:]), stop
+
+
+def with_a_bad_row(tmp_path, table):
+    """Thirteen rows in four files, one of them no image."""
+    rows = [{"image": {"bytes": b"broken", "path": None}, "label": 0}]
+    bad = datasets.Dataset.from_list(rows, features=table.features)
+    parts = [table, bad, table.map(lambda row: {"image": grey(200 + row["label"])})]
+    return split_into_files(tmp_path, datasets.concatenate_datasets(parts), 4)
+
+
+def batches_of(streams, workers, number):
+    """Batches as `streams`, one a process, take them together, and where they then are."""
+    loaders = []
+    for stream in streams:
+        stream.endless = True
+        loader = DataLoader(
+            stream, batch_size=2, collate_fn=collate, num_workers=workers
+        )
+        loaders.append(iter(loader))
+    seen = []
+    for _ in range(number // len(streams)):
+        for stream, loader in zip(streams, loaders, strict=True):
+            batch = next(loader)
+            stream.note(batch["position"])
+            seen.append(batch["pixel_values"])
+    return torch.stack(seen), json.loads(json.dumps([s.state() for s in streams]))
+
+
+@pytest.mark.parametrize("picked", [None, 9])
+@pytest.mark.parametrize(
+    "before,between,after",
+    [
+        ((1, 0), (2, 0), (1, 2)),
+        ((2, 0), (1, 0), (3, 0)),
+        ((3, 0), (2, 0), (1, 0)),
+        ((1, 2), (1, 0), (2, 2)),
+    ],
+)
+def test_a_stream_goes_on_in_other_hands(
+    tmp_path, table, picked, before, between, after
+):
+    """The same batches for other numbers of processes and of workers, twice changed."""
+    data = with_a_bad_row(tmp_path, table)
+
+    def opened(processes, states=None):
+        streams = [
+            stream_of(data, max_images=picked, process=n, processes=processes)
+            for n in range(processes)
+        ]
+        for stream in streams:
+            stream.batch = 2
+            if states is not None:
+                stream.resume(states)
+        return streams
+
+    whole, _ = batches_of(opened(before[0]), before[1], 18)
+    first, states = batches_of(opened(before[0]), before[1], 6)
+    second, states = batches_of(opened(between[0], states), between[1], 6)
+    third, _ = batches_of(opened(after[0], states), after[1], 6)
+    assert torch.equal(torch.cat([first, second, third]), whole)
+    with pytest.raises(StreamStateError, match="2 images at once, this run takes 1"):
+        stream_of(data, max_images=picked).resume(states)
+
+
+def test_readers_of_a_stream_keep_their_passes_apart(tmp_path, table, monkeypatch):
+    """One is in its second pass before the other starts its first."""
+    data = split_into_files(tmp_path, table, 2)
+    announce = datasets.IterableDataset.set_epoch
+
+    def slowly(self, epoch):
+        announce(self, epoch)
+        if get_worker_info() is not None and get_worker_info().id == 1:
+            time.sleep(0.5)
+
+    def read(seen):
+        stream = stream_of(data)
+        stream.endless = True
+        stream.resume([{"taken": 0, "rows": {"0": [0, 2], "1": [0, 0]}}])
+        loader = DataLoader(stream, batch_size=1, collate_fn=collate, num_workers=2)
+        batches = [batch for batch, _ in zip(loader, range(seen), strict=False)]
+        return [(value_of(b), b["position"].reader) for b in batches]
+
+    expected = read(12)
+    monkeypatch.setattr(datasets.IterableDataset, "set_epoch", slowly)
+    assert read(12) == expected
 
 
 def test_an_endless_stream_without_a_usable_image_ends(tmp_path, table):

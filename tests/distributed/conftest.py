@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import BitImageProcessorPil
 
 from tests.conftest import make_tiny_tower
@@ -101,7 +103,9 @@ def launch(
     tower, images = inputs
     logs = tmp_path_factory.mktemp("logs")
 
-    def start(mode: str, folder: Path, fault: str = "", **fields: Any) -> Run:
+    def start(
+        mode: str, folder: Path, fault: str = "", processes: int = 0, **fields: Any
+    ) -> Run:
         config = ROOT / "recipes" / "accelerate" / f"{mode}.yaml"
         values = {"model": tower, "data": images, "output_dir": folder, **RUN, **fields}
         words = [w for k, v in values.items() for w in (f"--{k}", str(v))]
@@ -116,6 +120,8 @@ def launch(
         module = "tests.distributed.faulty" if fault else "unirefiner_hf"
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", str(config), "--main_process_port", free_port()]
+        if processes:
+            command += ["--num_processes", str(processes)]
         command += ["-m", module, "refine", *words]
         log = logs / f"{len(list(logs.iterdir()))}.txt"
         with log.open("w") as out:
@@ -132,7 +138,43 @@ def launch(
     return start
 
 
+@pytest.fixture(scope="session")
+def alone(
+    launch: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+    """One process at the same total batch."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run = launch("single", folder, gradient_accumulation_steps=4)
+    return run, *run.finished()
+
+
+@pytest.fixture(scope="session")
+def together(
+    launch: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Run, dict[str, Any], dict[str, Any]]]:
+    """An undisturbed run of two processes in each mode, started when asked for."""
+    runs: dict[str, Any] = {}
+
+    def of(mode: str) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+        if mode not in runs:
+            run = launch(mode, tmp_path_factory.mktemp(mode) / "run")
+            runs[mode] = run, *run.finished()
+        return runs[mode]
+
+    return of
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def history(metrics: dict[str, Any], name: str) -> list[float]:
+    """Logged values of a metric, a step each."""
+    return [entry[name] for entry in metrics["history"] if name in entry]
+
+
+def adapter(run: Run) -> dict[str, Tensor]:
+    """The trained weights a run left."""
+    return load_file(run.folder / "adapter" / "adapter_model.safetensors")

@@ -1,7 +1,8 @@
 """The command with a fault in it, named by FAULT as ``kind:process:step``.
 
 Kinds: ``kill`` (-9 to the process), ``term`` (SIGTERM to it), ``nan`` (its loss), ``full``
-and ``cut`` (its disk, and -9 to it, while a checkpoint is written), ``none``. The pause
+and ``cut`` (its disk, and -9 to it, while a checkpoint is written), ``pickle`` (an optimiser
+whose state only DeepSpeed can save), ``none``. The pause
 that `datasets` takes when a file's readers end is left out.
 """
 
@@ -42,6 +43,8 @@ def faulty_save(tree, path):
 
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.0
+if kind == "pickle":
+    checkpoints.is_elementwise = lambda engine: False
 UniRefinerTrainer.compute_loss = faulty_loss  # type: ignore[method-assign]
 checkpoints.save_tree = faulty_save
 sys.exit(main())

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.conftest import adapter, history
+
 MODES = ("ddp", "zero2", "zero3")
 WRAPPERS = {
     "ddp": ("MULTI_CPU", "DistributedDataParallel"),
@@ -20,38 +22,8 @@ WRAPPERS = {
 }
 
 
-def history(metrics, name):
-    return [entry[name] for entry in metrics["history"] if name in entry]
-
-
-def adapter(run):
-    return load_file(run.folder / "adapter" / "adapter_model.safetensors")
-
-
 def merged(run):
     return load_file(run.folder / "merged" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def alone(launch, tmp_path_factory):
-    """One process at the same total batch."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    run = launch("single", folder, gradient_accumulation_steps=4)
-    return run, *run.finished()
-
-
-@pytest.fixture(scope="module")
-def together(launch, tmp_path_factory):
-    """An undisturbed run of two processes in each mode, started when asked for."""
-    runs = {}
-
-    def of(mode):
-        if mode not in runs:
-            run = launch(mode, tmp_path_factory.mktemp(mode) / "run")
-            runs[mode] = run, *run.finished()
-        return runs[mode]
-
-    return of
 
 
 def test_one_process_says_so(alone):
@@ -141,7 +113,7 @@ def test_what_stops_one_process_stops_all(launch, tmp_path, fault):
     else:
         assert "No space left" in text and "another process failed" in text
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoint-2", "run.json"}
+    assert left == {"checkpoint-2", "run.json", "asked.json", ".lock"}
 
 
 def test_bad_images_of_every_process_are_named(launch, inputs, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_launch import history
+from tests.distributed.conftest import history
 
 PH_REG = {"method": "ph_reg", "register_tokens": 4, "teacher_views": 2}
 

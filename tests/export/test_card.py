@@ -23,6 +23,7 @@ WEIGHTS = {
     "adapter/adapter_model.safetensors": "ab" * 32,
     "model.safetensors": "01" * 32,
 }
+OTHERS = {"config.json": "cd" * 32, "modeling_unirefiner.py": "ef" * 32}
 EVALUATION = {
     "task": "image-segmentation",
     "dataset": "Stamp Scenes",
@@ -57,9 +58,11 @@ EVALUATION = {
 }
 
 
-def render(pictures=(), native=False, weights=WEIGHTS, evaluations=(), **changes):
+def render(
+    pictures=(), native=False, weights=WEIGHTS | OTHERS, evaluations=(), **changes
+):
     card = card_from_record(make_record(**changes), evaluations)
-    return render_card(card, pictures, native=native, weights=weights)
+    return render_card(card, pictures, native=native, files=weights)
 
 
 def header(text):
@@ -81,6 +84,7 @@ def test_metadata_parses_exactly():
             "method": "unirefiner",
             "version": "0.1.0",
             "weights": WEIGHTS,
+            "files": OTHERS,
         },
     }
     assert header(text) == expected

@@ -11,7 +11,8 @@ import unirefiner_hf
 from tests.export.conftest import make_refined
 from tests.export.test_merge import contents, export
 from unirefiner_hf import Merged, UniRefinerError
-from unirefiner_hf.export.checkpoint import DTYPES, is_ours, weight_dtype
+from unirefiner_hf.export.checkpoint import DTYPES, weight_dtype
+from unirefiner_hf.export.result_folder import is_ours
 from unirefiner_hf.export.reload_check import MERGE_LIMITS
 from unirefiner_hf.modeling.errors import WrongKindError
 

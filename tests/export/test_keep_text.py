@@ -19,7 +19,7 @@ from tests.training.conftest import save_tiny_tower
 from unirefiner_hf import dense_text_features, load_text_side
 from unirefiner_hf.cli import main
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
-from unirefiner_hf.export.digests import weight_digests
+from unirefiner_hf.export.digests import digests, is_weights
 from unirefiner_hf.hub.verify import verify
 from unirefiner_hf.loading.arguments import BackboneArguments
 from unirefiner_hf.loading.backbone import BackboneError, load_backbone
@@ -119,12 +119,13 @@ def test_a_fresh_process_has_both_sides(kind, merged, fresh):
 @pytest.mark.parametrize("kind", ["clip", "eva"])
 def test_digests_and_card_know_the_text(kind, merged):
     folder = merged[kind][2]
-    names = weight_digests(folder).keys()
-    assert names == {
+    names = digests(folder).keys()
+    assert {name for name in names if is_weights(name)} == {
         "adapter/adapter_model.safetensors",
         "model.safetensors",
         "text/model.safetensors",
     }
+    assert {"text/config.json", "text/tokenizer.json"} < names
     assert verify(folder).passed
     card = (folder / "README.md").read_text()
     assert card.count("load_text_side(path)") == 1

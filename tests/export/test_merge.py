@@ -191,12 +191,15 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     folder = tmp_path / "merged"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ExportError, match="merged is not empty.*is not replaced"):
+            export(make_refined("dinov2"), folder, overwrite=overwrite)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    (folder / "thesis.txt").unlink()
+    export(make_refined("dinov2"), folder)
     with pytest.raises(ExportError, match="merged is not empty.*--overwrite"):
         export(make_refined("dinov2"), folder)
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     export(make_refined("dinov2"), folder, overwrite=True)
-    assert not (folder / "thesis.txt").exists()
-    assert (folder / "model.safetensors").is_file()
     with pytest.raises(ExportError, match="is a file"):
         export(make_refined("dinov2"), folder / "config.json")
 
@@ -221,8 +224,10 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, overwrit
 
 
 def test_remains_of_a_killed_export_do_not_stay(tmp_path):
-    (tmp_path / ".merged.unfinished").mkdir()
-    (tmp_path / ".merged.unfinished" / "junk").touch()
+    gone = 2**22 + 1  # more than any process's number
+    left = tmp_path / f".merged.{gone}.unfinished"
+    left.mkdir()
+    (left / "junk").touch()
     folder = export(make_refined("dinov2"), tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert not (folder / "junk").exists()
@@ -235,7 +240,7 @@ def test_merging_a_run_twice_gives_the_same_bytes(family, save_run, tmp_path):
     model, run, base = save_run(family)
     expected = tokens(model)
     for name in ("one", "two"):
-        merge(run, tmp_path / name, model=str(base))
+        merge(run, tmp_path / name, model=str(base), pictures=True)
     one, two = tmp_path / "one", tmp_path / "two"
     assert contents(one) == contents(two)
     assert (one / "before_after.png").is_file()

@@ -103,7 +103,7 @@ def card_of(method, *, native=False, **settings):
     record = {"name": method, **dataclasses.asdict(kind(**settings))}
     changes = {"method": record, "model__register_width": WIDTHS[method]}
     card = card_from_record(make_record(**changes))
-    return render_card(card, native=native, weights={"model.safetensors": "01" * 32})
+    return render_card(card, native=native, files={"model.safetensors": "01" * 32})
 
 
 @pytest.mark.parametrize("method", METHODS)

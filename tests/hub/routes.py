@@ -66,6 +66,11 @@ class Call:
             raise HubError(401, "Invalid username or password.")
         return self.user
 
+    @property
+    def may_write(self) -> bool:
+        """Whether the token is for more than reading."""
+        return self.hub.roles.get(str(self.request.token)) == "write"
+
     def owns(self, namespace: str) -> bool:
         return self.user is not None and namespace in {
             self.user,
@@ -80,7 +85,7 @@ class Call:
             if self.user is None:
                 raise HubError(401, "Invalid username or password.", "RepoNotFound")
             raise HubError(404, "Repository not found", "RepoNotFound")
-        if write and not owner:
+        if write and not (owner and self.may_write):
             self.signed_in()
             raise HubError(403, f"You don't have the rights to write to {repo_id}")
         if content and repo.gated and not owner and self.user not in repo.granted:
@@ -93,7 +98,8 @@ class Call:
     @route("GET", "/api/whoami-v2")
     def whoami(self) -> Reply:
         user = self.signed_in()
-        token = {"displayName": "test", "role": "write", "createdAt": now()}
+        role = self.hub.roles[str(self.request.token)]
+        token = {"displayName": "test", "role": role, "createdAt": now()}
         return json_reply(
             {
                 "type": "user",
@@ -118,7 +124,7 @@ class Call:
         repo_id = f"{data.get('organization') or user}/{data.get('name')}"
         if not REPO_ID.fullmatch(repo_id):
             raise HubError(400, f"Invalid repo name: {repo_id}")
-        if not self.owns(repo_id.split("/")[0]):
+        if not (self.owns(repo_id.split("/")[0]) and self.may_write):
             raise HubError(
                 403, f"You don't have the rights to do this in {repo_id.split('/')[0]}"
             )
@@ -604,6 +610,8 @@ class Call:
     @route("POST", f"{MODEL}/tag/([^/]+)")
     def make_tag(self, repo_id: str, revision: str) -> Reply:
         ref = f"refs/tags/{self.data()['tag']}"
+        if re.search(r"[\s~^:?*\[\\]|\.\.|//|/$|\.$", ref):
+            raise HubError(400, f"Invalid reference name: {ref}")
         return self.make_ref(self.repo(repo_id, write=True), ref, revision)
 
     @route("DELETE", f"{MODEL}/tag/([^/]+)")

@@ -229,6 +229,7 @@ class LoopbackHub:
         self.multipart_threshold = multipart_threshold
         self.part_size = part_size
         self.users: dict[str, str] = {}
+        self.roles: dict[str, str] = {}
         self.orgs: dict[str, set[str]] = {}
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
@@ -260,8 +261,12 @@ class LoopbackHub:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def add_user(self, name: str, token: str, orgs: tuple[str, ...] = ()) -> None:
+    def add_user(
+        self, name: str, token: str, orgs: tuple[str, ...] = (), role: str = "write"
+    ) -> None:
+        """A user and a token; `role` is what the token may do: ``write`` or ``read``."""
         self.users[token] = name
+        self.roles[token] = role
         self.orgs[name] = set(orgs)
 
     def create(

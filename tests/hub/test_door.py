@@ -5,9 +5,10 @@ import shutil
 import sys
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 import unirefiner_hf
+from tests.dual_encoders import save_dual_run
 from tests.export.conftest import merge, save_run  # noqa: F401
 from tests.hub.conftest import run_python
 from unirefiner_hf import Pushed, UniRefinerError
@@ -98,17 +99,16 @@ def test_a_proposal_and_an_empty_push_tell_themselves():
 
 def test_a_verification_tells_itself(merged, tmp_path):
     found = unirefiner_hf.verify(merged)
-    assert found.passed and str(found).endswith("2 weight files are as published.")
+    assert found.passed and str(found).endswith(" files are as published.")
+    there = {path.name for path in merged.rglob("*") if path.is_file()}
+    assert {name.split("/")[-1] for name in found.right} == there - {"README.md"}
     (merged / "model.safetensors").write_bytes(b"other")
     (merged / "adapter" / "adapter_model.safetensors").unlink()
     (merged / "extra.bin").write_bytes(b"pickled")
     found = unirefiner_hf.verify(str(merged))
     told = json.loads(json.dumps(found.to_dict()))
-    assert (told["passed"], told["right"], told["unlisted"]) == (
-        False,
-        [],
-        ["extra.bin"],
-    )
+    assert (told["passed"], told["unlisted"]) == (False, ["extra.bin"])
+    assert not {"extra.bin", "model.safetensors"} & set(told["right"])
     assert told["wrong"].keys() == {"model.safetensors"}
     assert told["missing"] == ["adapter/adapter_model.safetensors"]
     page = found.save_html(tmp_path / "v.html").read_text()
@@ -117,6 +117,101 @@ def test_a_verification_tells_itself(merged, tmp_path):
             assert part in text, part
     assert "Do not use this checkpoint" in str(found)
     assert found.title == "Not as published"
+
+
+def change(file):
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+FILES = [
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "modeling_unirefiner.py",
+    "towers.py",
+    "weight_files.py",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_that_counts_is_verified(name, merged):
+    change(merged / name)
+    assert unirefiner_hf.verify(merged).wrong.keys() == {name}
+    (merged / name).unlink()
+    assert unirefiner_hf.verify(merged).missing == (name,)
+
+
+UNLISTED = [
+    "pytorch_model.bin",
+    "other.py",
+    "lib/other.py",
+    "processor_config.json",
+    "adapter_config.json",
+    "text/vocab.txt",
+    "model-00001-of-00002.safetensors",
+    "adapter/extra.json",
+    "native.so",
+]
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_a_file_that_a_loader_may_take_is_not_passed_over(name, merged):
+    (merged / name).parent.mkdir(exist_ok=True)
+    (merged / name).touch()
+    found = unirefiner_hf.verify(merged)
+    assert not found.passed and found.unlisted == (name,)
+
+
+def test_files_for_readers_are_reported_and_no_fault(merged):
+    for name in ("LICENSE", "figure.png", "assets/notes.txt", ".gitattributes"):
+        (merged / name).parent.mkdir(exist_ok=True)
+        (merged / name).touch()
+    (merged / "evaluation.json").write_text("{}")
+    (merged / ".cache").mkdir()
+    (merged / ".cache" / "x.json").touch()
+    found = unirefiner_hf.verify(merged)
+    assert found.passed
+    assert found.other == ("LICENSE", "assets/notes.txt", "figure.png")
+    assert "other     LICENSE: no part of the model" in str(found)
+
+
+def test_a_text_encoder_and_its_tokenizer_are_verified(tmp_path):
+    _, run, base = save_dual_run(tmp_path, "clip")
+    folder = merge(run, tmp_path / "merged", model=base)
+    for name in ("text/tokenizer.json", "text/config.json", "text/model.safetensors"):
+        before = (folder / name).read_bytes()
+        change(folder / name)
+        assert unirefiner_hf.verify(folder).wrong.keys() == {name}
+        (folder / name).write_bytes(before)
+    assert unirefiner_hf.verify(folder).passed
+
+
+def test_a_card_of_an_earlier_version_says_what_it_leaves_out(merged):
+    """0.1.0 stated the weights alone."""
+    card = ModelCard.load(merged / "README.md")
+    del card.data["unirefiner"]["files"]
+    card.save(merged / "README.md")
+    change(merged / "modeling_unirefiner.py")
+    found = unirefiner_hf.verify(merged)
+    assert found.passed and len(found.right) == 2
+    assert {"modeling_unirefiner.py", "config.json"} < set(found.unchecked)
+    assert f"{len(found.unchecked)} files that can change the result were" in str(found)
+    (merged / "other.py").touch()
+    assert unirefiner_hf.verify(merged).unlisted == ("other.py",)
+    change(merged / "model.safetensors")
+    assert unirefiner_hf.verify(merged).wrong.keys() == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["../secret.json", "/etc/hostname"])
+def test_a_card_does_not_lead_out_of_its_folder(name, merged):
+    (merged.parent / "secret.json").write_text("{}")
+    card = ModelCard.load(merged / "README.md")
+    card.data["unirefiner"]["files"][name] = "00"
+    card.save(merged / "README.md")
+    found = unirefiner_hf.verify(merged)
+    assert found.missing == (name,) and not found.wrong
 
 
 # What is refused, before the Hub is asked
@@ -133,6 +228,8 @@ def test_a_verification_tells_itself(merged, tmp_path):
         ({"output": 3}, "output is a int"),
         ({"run": None}, "run is a NoneType"),
         ({"run": "nowhere"}, "is not a run"),
+        ({"tag": "a b"}, "tag is 'a b', which git refuses"),
+        ({"tag": "v2", "create_pr": True}, "a pull request has none"),
         ({}, "Not logged in"),
     ],
 )
@@ -153,15 +250,19 @@ def test_a_folder_that_holds_the_run_is_not_built_in(save_run):  # noqa: F811
     assert (run / "run.json").is_file()
 
 
-def test_a_folder_of_another_hand_is_not_built_over(save_run, monkeypatch):  # noqa: F811
-    _, run, base = save_run()
+def test_a_folder_of_another_hand_is_not_built_over(
+    save_run,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+):
+    _, run, source = save_run()
+    base = shutil.copytree(source, tmp_path / "copied" / "tiny-tower")
     module = sys.modules["unirefiner_hf.hub.push"]
-    monkeypatch.setattr(module, "_log_in", lambda api, repo_id: None)
-    monkeypatch.setattr(module, "remote_state", lambda api, repo_id: None)
+    monkeypatch.setattr(module, "check_access", lambda *words, **options: None)
     before = {file.name: file.read_bytes() for file in base.iterdir()}
     assert "config.json" in before
     with pytest.raises(UniRefinerError, match="tiny-tower is not empty"):
-        unirefiner_hf.push(run, REPO, model=base, output=base)
+        unirefiner_hf.push(run, REPO, model=source, output=base)
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
 
 

@@ -116,6 +116,7 @@ CORE = {
     "recording",
     "registers",
     "towers",
+    "weight_files",
 }
 EVA_CLIP = {"configuration_eva_clip", "modeling_eva_clip", "vit_parts"}
 

@@ -141,7 +141,7 @@ def test_runs_and_checkpoints_merge_again_but_not_natively(
         merge(run, tmp_path / "native", model=str(tower_folder), native=True)
     file = run / "checkpoint-1" / "register_tokens.safetensors"
     file.unlink()
-    with pytest.raises(Exception, match="checkpoint-1 holds no register_tokens"):
+    with pytest.raises(Exception, match="not whole: register_tokens.saf"):
         merge(run / "checkpoint-1", tmp_path / "cut", model=str(tower_folder))
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -630,9 +631,10 @@ def test_two_trainers_of_one_folder_do_not_mix(trainer, args):
         second.train()
     with pytest.raises(UniRefinerError, match="already holds a run"):
         trainer()
+    shutil.rmtree(first.folder / "checkpoint-2")
     third = trainer(args=args(resume=True))
-    trained(trainer(args=args(resume=True, max_steps=3)))
-    with pytest.raises(UniRefinerError, match="already holds a run, at checkpoint-3"):
+    trained(trainer(args=args(resume=True)))
+    with pytest.raises(UniRefinerError, match="already holds a run, at checkpoint-2"):
         third.train()
 
 
@@ -680,7 +682,7 @@ def test_the_checkpoint_to_resume_is_one_of_the_run(trainer, args, tmp_path):
 def test_another_method_does_not_go_on_with_a_run(trainer, args):
     trained(trainer())
     with pytest.raises(
-        UniRefinerError, match="of method unirefiner, and .*distillation"
+        UniRefinerError, match="method was unirefiner, now distillation"
     ):
         trainer(args=args(resume=True), method=DistillationSettings())
 
@@ -692,8 +694,9 @@ def test_what_was_measured_of_an_earlier_end_is_dropped(trainer, args):
     file.write_text(json.dumps({"format": 1, "entries": []}))
     same = trained(trainer(args=args(resume=True)))
     assert same.save_model().folder == merged and file.is_file()
-    longer = trained(trainer(args=args(resume=True, max_steps=3)))
-    assert longer.save_model().folder == merged and not file.exists()
+    shutil.rmtree(made.folder / "checkpoint-2")
+    again = trained(trainer(args=args(resume=True)))
+    assert again.save_model().folder == merged and not file.exists()
 
 
 # A method of one's own

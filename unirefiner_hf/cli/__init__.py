@@ -23,7 +23,7 @@ COMMANDS = {
     "extract": "Write dense features of images to disk.",
     "merge": "Merge a run's adapter into a checkpoint ready to load or publish.",
     "push": "Publish a run on the Hub, proved before it is uploaded.",
-    "verify": "Compare a model's weight files with the checksums in its card.",
+    "verify": "Compare a model's files with the checksums in its card.",
     "demo": "See it work: refine a small backbone on a few photographs.",
     "recipes": "List the shipped recipes, or copy one to edit.",
 }

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_merge_options(parser)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a folder that is not empty"
+        "--overwrite", action="store_true", help="replace a model that unirefiner wrote"
     )
 
 
@@ -62,6 +62,11 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
         help="leave out text/, the unchanged text encoder of a dual encoder",
     )
     parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="put before_after.png, which shows training images, beside the model",
+    )
+    parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
@@ -84,6 +89,7 @@ def merge_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "native": arguments.native,
         "max_shard_size": arguments.max_shard_size,
+        "pictures": arguments.pictures,
         "trust_remote_code": arguments.trust_remote_code,
     }
 

@@ -12,7 +12,13 @@ from typing import Any
 from ..training.fields import expected_values
 from .parser import as_option
 
-VALUES = {"int": "N", "float": "X", "bool": "BOOL", "list[int]": "N ..."}
+VALUES = {
+    "int": "N",
+    "float": "X",
+    "bool": "BOOL",
+    "list[int]": "N ...",
+    "folder of a run": "[RUN]",
+}
 """Type of a field -> what the help calls its value."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Protocol
 
-from ..outputs import check_file, write_json
+from ..outputs import OutputError, check_file, write_json
 from .parser import UsageError
 
 STDOUT = "-"
@@ -74,12 +74,11 @@ def as_asked(arguments: argparse.Namespace) -> Iterator[None]:
     """Run a command: only its result may reach stdout where JSON or quiet is asked for.
 
     Raises:
-        OutputError: a file that is asked for cannot be written.
+        OutputError: a file that is asked for cannot be written, or is part of a run.
     """
-    if arguments.html is not None:
-        check_file(arguments.html)
-    if arguments.json not in (None, STDOUT):
-        check_file(arguments.json)
+    for asked in (arguments.html, arguments.json):
+        if asked not in (None, STDOUT):
+            _check_result(asked)
     if arguments.quiet:
         with _silence():
             yield
@@ -88,6 +87,17 @@ def as_asked(arguments: argparse.Namespace) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _check_result(asked: str) -> None:
+    """Refuse a file that cannot be written, or that a run or a model is made of."""
+    file = check_file(asked)
+    if not file.exists():
+        return
+    from ..export.model_files import is_part  # imports torch
+
+    if is_part(file):
+        raise OutputError(f"{file} is part of a run or a model: name another file.")
 
 
 @contextmanager

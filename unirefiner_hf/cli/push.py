@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace the model of a repository that another hand filled",
+        help="replace the model of a repository that another hand filled, and remove its "
+        "weights and code",
     )
     parser.add_argument(
         "--output",

@@ -89,7 +89,7 @@ def copy_recipe(name: str, destination: Path) -> Path:
     """Copy a recipe to a file or into a folder, over nothing; returns the new file."""
     source = find_recipe(name)
     target = destination / source.name if destination.is_dir() else destination
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise FileExistsError(
             f"{target} exists; remove it or name another destination."
         )

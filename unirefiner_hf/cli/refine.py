@@ -26,6 +26,8 @@ ANY_OPTION = True
 OWN = ("config", "json", "html", "quiet", "traceback", "words", "parser")
 """What is not a key of a recipe."""
 
+ANSWERS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0", "null", "none")
+"""What may stand behind ``--resume`` in place of a folder."""
 PLACES = {
     "model": Option(
         "model", "str", None, "Hub id or folder of the backbone, or starter."
@@ -46,6 +48,14 @@ TRAINER = (
 )
 """Fields of `transformers.TrainingArguments` whose class would import torch."""
 
+RESUME = Option(
+    "resume",
+    "folder of a run",
+    "None",
+    "A run to go on with; it needs no other option, and goes on from its newest whole "
+    "checkpoint. Unset: a new run. Without a folder: the run in output_dir, all options "
+    "given again; with push_to_hub and none there, from the checkpoint on the Hub.",
+)
 BRIEF = (
     *("model", "image_size", "base_quantization", "trust_remote_code"),
     *("data", "data_split", "streaming", "max_images"),
@@ -59,6 +69,7 @@ BRIEF = (
 OUTPUT = (
     *("output_dir", "resume", "logging_steps", "save_steps", "save_total_limit"),
     *("report_to", "snapshot_steps", "report_images", "push_to_hub", "hub_model_id"),
+    "publish_pictures",
 )
 
 
@@ -66,7 +77,7 @@ def groups() -> dict[str, list[Option]]:
     """Title -> options, of all that is ours but the settings of methods."""
     backbone, data = options_of(BackboneArguments), options_of(DataArguments)
     own = {**backbone, **data, **options_of(TrainingOptions)}
-    own |= {option.name: option for option in TRAINER}
+    own |= {option.name: option for option in (*TRAINER, RESUME)}
     titles = {
         "backbone": [PLACES["model"]],
         "images": [PLACES["data"]],
@@ -93,7 +104,9 @@ def groups() -> dict[str, list[Option]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the command its options: ``--config`` and the fields of a recipe."""
-    parser.usage = "unirefiner refine --config RECIPE [--field value ...]"
+    parser.usage = (
+        "unirefiner refine --config RECIPE [--field value ...], or --resume RUN"
+    )
     parser.epilog = (
         "Options go over the recipe's values; 'null' unsets one. More: --help-all."
     )
@@ -170,15 +183,29 @@ def run(arguments: argparse.Namespace) -> Refined | None:
     Raises:
         UniRefinerError: no such recipe or key, or a value that does not fit.
     """
+    from ..training.asked_of_run import recipe_of_run
     from ..training.distributed import disconnect
     from ..training.recipe import recipe_of_words
     from ..training.refine import refine
 
-    recipe = recipe_of_words(arguments.config, words_asked(arguments))
+    words = words_asked(arguments)
+    going_on = run_to_resume(words)
+    if going_on is not None:
+        recipe = recipe_of_run(going_on, words, arguments.config)
+    else:
+        recipe = recipe_of_words(arguments.config, words)
     note_left_out(recipe, arguments)
     refined = refine(recipe=recipe)
     disconnect()
     return refined
+
+
+def run_to_resume(words: dict[str, Values]) -> str | None:
+    """The folder that ``--resume`` names; None of a bare one, or of yes and no."""
+    given = words.get("resume")
+    if not given or len(given) != 1 or given[0].lower() in ANSWERS:
+        return None
+    return given[0]
 
 
 def words_asked(arguments: argparse.Namespace) -> dict[str, Values]:

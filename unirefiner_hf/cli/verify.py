@@ -1,4 +1,4 @@
-"""``unirefiner verify``: weight files against the sha256 in the card."""
+"""``unirefiner verify``: a model's files against the sha256 in the card."""
 
 from __future__ import annotations
 

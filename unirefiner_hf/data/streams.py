@@ -1,35 +1,62 @@
-"""Images that are read while training, in an order that can be taken up again."""
+"""Images that are read while training, in an order that can be taken up again.
+
+The order belongs to the run, not to the processes that happen to read it. A stream is
+parted into lanes when the run starts: one for each process and each of its readers (the
+workers of its loader). Batch ``g`` of the run, counted over all processes, is the next one of
+lane ``g % processes, g // processes % readers``. Whoever continues the run, with however many
+processes and readers, reads the same lanes and gives the same batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from itertools import count, islice
+from typing import Any, TypeAlias
 
 import datasets
+import fsspec
+import fsspec.asyn
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils import worker as loader_worker
 
+from ..modeling.errors import UniRefinerError
 from .images import ImageError
 from .samples import DataReport, Sample, ToPixels
 from .tables import source_of
 
+Lane: TypeAlias = tuple[int, int]
+"""A process and a reader of it, as they were when the run started."""
 
-@dataclass(frozen=True)
+
+class StreamStateError(UniRefinerError):
+    """A stream cannot go on from where a checkpoint says it was."""
+
+
+@dataclass(frozen=True, order=True)
 class StreamPosition:
-    """How far one reader of a stream is.
+    """How far a lane of a stream is.
 
     Attributes:
-        reader: number of the reader among those of its process.
         epoch: passes over the stream that are complete.
         row: rows of this pass that were read, unusable ones included.
+        process, reader: the lane.
+        readers: of each process, when the run started.
     """
 
-    reader: int
     epoch: int
     row: int
+    process: int
+    reader: int
+    readers: int
+
+    @property
+    def lane(self) -> Lane:
+        """Which one it is."""
+        return self.process, self.reader
 
 
 class RefinementStream(IterableDataset):
@@ -37,7 +64,9 @@ class RefinementStream(IterableDataset):
 
     A data set is shared out by its files where their number divides by the processes,
     else image by image. A pick of `max_images` is the same for any number of processes:
-    each reads it all, and decodes every n-th image.
+    each reads it all, and decodes every n-th image. Where a run goes on with more processes
+    or readers than it started with, some share a lane: each decodes the whole of it, since
+    only that tells which images can be used, and leaves the others' batches to them.
 
     Args:
         table: the shuffled stream.
@@ -46,6 +75,8 @@ class RefinementStream(IterableDataset):
 
     Attributes:
         shards: files the share is made of; more readers than that have nothing to do.
+        batch: images the loader takes at once.
+        taken: batches that were trained on, over all processes.
     """
 
     def __init__(
@@ -61,11 +92,8 @@ class RefinementStream(IterableDataset):
     ) -> None:
         if max_images is not None:
             table = table.take(max_images)
-        self.whole = self.table = table
-        self.share = (process, processes)
-        if max_images is None and processes > 1:
-            self.table = split_dataset_by_node(table, process, processes)
-            self.share = (0, 1)
+        self.whole = table
+        self.process, self.processes = process, processes
         divides = table.num_shards % processes == 0 and max_images is None
         self.shards = table.num_shards // processes if divides else table.num_shards
         self.image_column = image_column
@@ -73,58 +101,105 @@ class RefinementStream(IterableDataset):
         self.report = report
         self.fixed = max_images is not None
         self.endless = endless
+        self.batch = 1
         self.taken = 0
-        self.positions: dict[int, StreamPosition] = {}
+        self.positions: dict[Lane, StreamPosition] = {}
+        self._started: tuple[int, int] | None = None
 
     def state(self) -> dict[str, Any]:
         """Where the process is in the stream, as plain numbers."""
-        rows = {str(p.reader): [p.epoch, p.row] for p in self.positions.values()}
-        return {"taken": self.taken, "rows": rows}
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; rows before it are read, not decoded."""
-        self.taken = state["taken"]
-        self.positions = {
-            int(reader): StreamPosition(int(reader), epoch, row)
-            for reader, (epoch, row) in state["rows"].items()
+        return {
+            "started": self._started,
+            "batch": self.batch,
+            "taken": self.taken,
+            "lanes": [astuple(position) for position in self.positions.values()],
         }
 
-    def note(self, position: StreamPosition) -> None:
-        """A batch that ends at this position has been trained on."""
-        self.taken += 1
-        self.positions[position.reader] = position
+    def resume(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on where all processes of a run were; rows before are read, not trained on.
 
-    def first(self, count: int) -> list[Tensor]:
+        Raises:
+            StreamStateError: batches of another size.
+        """
+        first = _of_today(states, self.batch)[0]
+        if first["batch"] != self.batch:
+            raise StreamStateError(
+                f"The stream was read {first['batch']} images at once, this run takes "
+                f"{self.batch}: keep per_device_train_batch_size, and change "
+                "gradient_accumulation_steps."
+            )
+        self.taken = first["taken"]
+        self._started = None if first["started"] is None else tuple(first["started"])
+        lanes = sorted(
+            StreamPosition(*lane)
+            for state in _of_today(states, self.batch)
+            for lane in state["lanes"]
+        )
+        # Of a shared lane, who took the last batch knows best.
+        self.positions = {position.lane: position for position in lanes}
+
+    def note(self, position: StreamPosition) -> None:
+        """A batch that ends at this position has been trained on, as one of each process."""
+        if self._started is None:
+            self._started = (self.processes, position.readers)
+        self.taken += self.processes
+        self.positions[position.lane] = position
+
+    def first(self, number: int) -> list[Tensor]:
         """Pixels of the stream's first images, the same on every process."""
         rows = (self._decode(row, n) for n, row in enumerate(self.whole))
         found = (pixels for pixels in rows if isinstance(pixels, Tensor))
-        return list(islice(found, count))
+        return list(islice(found, number))
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
-        readers = 1 if info is None else info.num_workers
-        # Loaders ask their workers in turn, and start with the first again after a
-        # resume: it then reads for the one whose turn it is.
-        reader = (self.taken + (0 if info is None else info.id)) % readers
-        if info is not None:
-            object.__setattr__(info, "id", reader)  # datasets shares out by it
-        start = self.positions.get(reader, StreamPosition(reader, 0, 0))
+        number, readers = (0, 1) if info is None else (info.id, info.num_workers)
+        processes, parts = self._started or (self.processes, readers)
+        taken = self.taken
+        lanes: dict[Lane, _Batches] = {}
+        # Loaders ask their workers in turn, and start with the first.
+        for own in count(number, readers):
+            turn, process = divmod(
+                taken + own * self.processes + self.process, processes
+            )
+            index, reader = divmod(turn, parts)
+            lane = process, reader
+            if lane not in lanes:
+                turns = max(0, -(-(taken - process) // processes))
+                begin = max(0, -(-(turns - reader) // parts))
+                samples = self._samples(lane, (processes, parts))
+                lanes[lane] = _Batches(samples, self.batch, begin)
+            batch = lanes[lane].get(index)
+            yield from batch
+            if len(batch) < self.batch:
+                return
+
+    def _samples(self, lane: Lane, started: tuple[int, int]) -> Iterator[Sample]:
+        """Samples of a lane from where it was left."""
+        process, reader = lane
+        processes, readers = started
+        # A table's epoch lies in memory that all readers share: a copy has one of its own.
+        table = self.whole.with_format(None)
+        every = processes
+        if not self.fixed and processes > 1:
+            table = split_dataset_by_node(table, process, processes)
+            process, every = 0, 1
+        start = self.positions.get(lane, StreamPosition(0, 0, *lane, readers))
         epoch, begin = start.epoch, start.row
         skipped: list[str] = []
-        process, processes = self.share
         while True:
             if not self.fixed:
-                self.table.set_epoch(epoch)
+                table.set_epoch(epoch)
             usable = 0
-            for number, row in enumerate(self.table):
-                if number < begin or number % processes != process:
+            for number, row in enumerate(_rows(table, reader, readers)):
+                if number < begin or number % every != process:
                     continue
                 pixels = self._decode(row, number)
                 if isinstance(pixels, str):
                     skipped.append(pixels)
                     continue
                 usable += 1
-                position = StreamPosition(reader, epoch, number + 1)
+                position = StreamPosition(epoch, number + 1, *lane, readers)
                 yield {
                     "pixel_values": pixels,
                     "skipped": skipped,
@@ -147,3 +222,69 @@ class RefinementStream(IterableDataset):
             return self.to_pixels(source_of(row[self.image_column]), name)
         except ImageError as problem:
             return str(problem)
+
+
+class _Batches:
+    """A lane's samples in batches, by number; those that are passed over go elsewhere."""
+
+    def __init__(self, samples: Iterator[Sample], size: int, begin: int) -> None:
+        self.samples, self.size, self.next = samples, size, begin
+
+    def get(self, index: int) -> list[Sample]:
+        """A batch that was not passed yet, shorter where the lane ends."""
+        passed = list(islice(self.samples, (index - self.next) * self.size))
+        batch = list(islice(self.samples, self.size))
+        self.next = index + 1
+        if batch and passed:
+            known = [entry for sample in passed for entry in sample["skipped"]]
+            batch[0] = {**batch[0], "skipped": known + batch[0]["skipped"]}
+        return batch
+
+
+def _rows(
+    table: datasets.IterableDataset, reader: int, readers: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of a table's share of a reader, whichever worker reads it."""
+    rows = iter(table)
+    with _as_worker(reader, readers):
+        first = next(rows, None)  # datasets looks who asks when it starts
+    if first is not None:
+        yield first
+        yield from rows
+
+
+@contextmanager
+def _as_worker(reader: int, readers: int) -> Iterator[None]:
+    """Pass for a worker of a loader, by whose number datasets shares out."""
+    before = loader_worker._worker_info
+    passed: Any = None
+    if readers > 1:
+        about: dict[str, Any] = {"id": reader, "num_workers": readers, "seed": 0}
+        about["dataset"] = None
+        passed = loader_worker.WorkerInfo(**about)
+    elif before is not None:
+        fsspec.asyn.reset_lock()  # datasets does it where it knows of a worker
+    loader_worker._worker_info = passed
+    try:
+        yield
+    finally:
+        loader_worker._worker_info = before
+
+
+def _of_today(states: Sequence[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
+    """States as this version writes them; earlier ones had a number a reader."""
+    if all("lanes" in state for state in states):
+        return list(states)
+    readers = max(len(state["rows"]) for state in states)
+    return [
+        {
+            "started": [len(states), readers],
+            "batch": batch,
+            "taken": state["taken"] * len(states),
+            "lanes": [
+                [*place, process, int(reader), readers]
+                for reader, place in state["rows"].items()
+            ],
+        }
+        for process, state in enumerate(states)
+    ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from ..export.result_folder import check_results
 from ..export.run_folder import EVALUATION, read_evaluation
 from ..modeling.errors import UniRefinerError
 from ..outputs import UnwrittenError, check_folder, write_whole
@@ -58,10 +59,13 @@ def evaluate(
         LabelError: data that are not there, or labels that do not fit.
         OutputError: results cannot be written where they should be.
         UnwrittenError: that shows at the end; its ``result`` is what this would return.
+        ExportError: they would take the place of other files there.
     """
     arguments, settings, data = _settle(data, args, protocol, fields)
     output = arguments.evaluation_output
-    folder = None if output is None else check_folder(output)
+    folder = None
+    if output is not None:
+        folder = check_results(check_folder(output), EVALUATION, (TABLE, REPORT))
     measure = TASKS[arguments.task][1](arguments, settings, data)
     loaded = load_checkpoints(
         checkpoints,

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,7 @@ from ..data.images import ImageError, preprocess
 from ..modeling.errors import UniRefinerError
 from ..modeling.families import image_size_of
 from ..modeling.registers import check_width
-from ..outputs import OutputError, check_folder, write_json
+from ..outputs import OutputError, check_folder, put_in_place, write_json
 from ..results import Result, Table
 from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
 from .diagnose import skipped_notes
@@ -347,7 +346,7 @@ class _Shards:
             return
         draft = self.folder / f".{self.name}.unfinished"
         save_file(self.held, draft, metadata={"format": "pt"})
-        os.replace(draft, self.folder / self.name)
+        put_in_place(draft, self.folder / self.name)
         self.held, self.held_bytes = {}, 0
         self.written += 1
 

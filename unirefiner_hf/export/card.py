@@ -16,12 +16,17 @@ from ..methods.settings import ADAPTER, MethodSettings
 from ..modeling.errors import UniRefinerError
 from ..resources import resource_folder
 from ..spurious.settings import FilterSettings
+from .digests import is_weights
 from .run_folder import ADAPTER as ADAPTER_FOLDER
 from .run_folder import CARD, RECORD, check_record
 
 TEMPLATE = "card.md.jinja"
 METADATA = "unirefiner"
-"""Key of the card's metadata that says what wrote it and what its weights must be."""
+"""Key of the card's metadata that says what wrote it and what its files must be.
+
+``weights`` and ``files``: name -> sha256 of the weight files, and of every other file that can
+change what the model gives; cards of earlier versions lack the second.
+"""
 SHARES = {
     "fpgp": "fixed pattern or global proxy (FP-GP)",
     "ah": "attention hijackee (AH)",
@@ -172,20 +177,24 @@ def render_card(
     pictures: Sequence[str] = (),
     *,
     native: bool = False,
-    weights: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> str:
     """The card's text, YAML header included.
 
     Args:
         pictures: file names beside the card.
         native: the checkpoint is the bare backbone, without the border of registers.
-        weights: file beside the card -> its sha256, which `unirefiner verify` compares.
+        files: file beside the card -> its sha256, which `unirefiner verify` compares.
     """
+    files = files or {}
+    weights = {name: digest for name, digest in files.items() if is_weights(name)}
+    others = {name: digest for name, digest in files.items() if name not in weights}
     own = {
         "base": card.base,
         "method": card.method.name,
         "version": card.version,
-        "weights": dict(weights or {}),
+        "weights": weights,
+        "files": others,
     }
     results = [_eval_result(entry) for entry in card.evaluations]
     metadata = ModelCardData(
@@ -205,9 +214,9 @@ def render_card(
         card=card,
         pictures=list(pictures),
         native=native,
-        weights=weights or {},
-        adapter=any(name.startswith(f"{ADAPTER_FOLDER}/") for name in weights or {}),
-        text=any(name.startswith("text/") for name in weights or {}),
+        weights=weights,
+        adapter=any(name.startswith(f"{ADAPTER_FOLDER}/") for name in weights),
+        text=any(name.startswith("text/") for name in weights),
     )
     return str(rendered).rstrip() + "\n"
 

@@ -17,13 +17,14 @@ from transformers import SiglipImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..loading.adapter import is_adapted, merge_adapter, save_adapter
-from ..modeling.errors import UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
-from .card import CardData, own_metadata, render_card
-from .digests import weight_digests
-from .run_folder import ADAPTER, CARD, as_path, is_run
+from ..outputs import whole_folder
+from .card import CardData, render_card
+from .digests import digests
+from .result_folder import ExportError, check_target
+from .run_folder import ADAPTER, CARD
 
 SHARD_SIZE = "5GB"
 """Largest file of weights; bigger models are written as several."""
@@ -33,25 +34,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 """Of saved weights."""
-
-
-class ExportError(UniRefinerError, RuntimeError):
-    """The checkpoint could not be written; nothing is left half-written."""
-
-
-def is_ours(folder: str | Path) -> bool:
-    """Whether a folder holds a checkpoint that this package wrote, and no run.
-
-    A card alone does not tell: the weights that it names have to be there.
-    """
-    if is_run(Path(folder)):
-        return False
-    try:
-        told = own_metadata(Path(folder)) or {}
-    except UniRefinerError:
-        return False
-    weights = told.get("weights") or ()
-    return bool(weights) and all((Path(folder) / name).is_file() for name in weights)
 
 
 def weight_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -84,10 +66,11 @@ def export_refined(
     """Write the merged model with everything its user needs.
 
     Weights as safetensors, a config that says the method, image processor, the adapter
-    alone in ``adapter/``, a model card with the sha256 of every weight file, and the model's
-    own code, so that it loads with ``trust_remote_code=True`` where this package is not
-    installed. The text encoder of a dual encoder goes into ``text/`` as it is, in its own
-    dtype: loading the model does not fetch it, so it costs nobody who does not want it.
+    alone in ``adapter/``, a model card with the sha256 of every file that can change what
+    the model gives, and the model's own code, so that it loads with
+    ``trust_remote_code=True`` where this package is not installed. The text encoder of a
+    dual encoder goes into ``text/`` as it is, in its own dtype: loading the model does not
+    fetch it, so it costs nobody who does not want it.
 
     Args:
         model: the refined model; its adapter is merged in place.
@@ -100,14 +83,14 @@ def export_refined(
         dtype: of the saved weights; the merge itself is in float32.
         native: save the bare backbone, for users who pad by themselves, without border
             or code of this package; of the method its card alone tells.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a model that this package wrote there; see `check_target`.
         max_shard_size: such as ``5GB``; a larger model is saved in several files.
 
     Raises:
-        ExportError: `image_size` is not a multiple of the patch size, the folder is not
-            empty, writing failed (a full disk), a `dtype` or `max_shard_size` that there is
-            not, or `native` is asked of a model with register tokens, which the bare
-            backbone has no place for.
+        ExportError: `image_size` is not a multiple of the patch size, a folder that is not
+            ours to replace (see `check_target`), writing failed (a full disk), a `dtype` or
+            `max_shard_size` that there is not, or `native` is asked of a model with register
+            tokens, which the bare backbone has no place for.
     """
     if native and model.config.num_register_tokens:
         raise ExportError(
@@ -119,55 +102,42 @@ def export_refined(
         raise ExportError(
             f"max_shard_size is {max_shard_size!r}; write it as 5GB or 500MB."
         )
-    folder = as_path(folder, "output").absolute()
     if image_size % model.patch_size:
         raise ExportError(
             f"image_size is {image_size}; it must be a multiple of the patch size "
             f"{model.patch_size}."
         )
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder} is a file: name a folder.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise ExportError(
-            f"{folder} is not empty: name another folder, or allow --overwrite."
-        )
-    draft = folder.parent / f".{folder.name}.unfinished"
-    shutil.rmtree(draft, ignore_errors=True)
+    folder = check_target(folder, overwrite=overwrite)
     try:
-        draft.mkdir(parents=True)
-        if is_adapted(model):
-            save_adapter(model, draft / ADAPTER)
-        merge_adapter(model, dtype)
-        model.config.method = card.method.name
-        saved = model.tower if native else model
-        for config in (model.config, model.tower.config):
-            config._name_or_path = ""
-        saved.save_pretrained(draft, max_shard_size=max_shard_size)
-        if not native:
-            save_remote_code(draft)
-            if text_side is not None:
-                text_side.save(draft, max_shard_size=max_shard_size)
-        resized_processor(image_processor, image_size).save_pretrained(draft)
-        for name, image in (images or {}).items():
-            image.save(draft / name)
-        for name, content in (results or {}).items():
-            (draft / name).write_bytes(content)
-        pictures = sorted(images or {})
-        digests = weight_digests(draft)
-        text = render_card(card, pictures, native=native, weights=digests)
-        (draft / CARD).write_text(text, encoding="utf-8")
-        for weights in draft.rglob("*.safetensors"):
-            # safetensors 0.8 writes them for their owner alone.
-            shutil.copymode(draft / CARD, weights)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(draft, folder)
+        with whole_folder(folder) as draft:
+            if is_adapted(model):
+                save_adapter(model, draft / ADAPTER)
+            merge_adapter(model, dtype)
+            model.config.method = card.method.name
+            saved = model.tower if native else model
+            for config in (model.config, model.tower.config):
+                config._name_or_path = ""
+            saved.save_pretrained(draft, max_shard_size=max_shard_size)
+            if not native:
+                save_remote_code(draft)
+                if text_side is not None:
+                    text_side.save(draft, max_shard_size=max_shard_size)
+            resized_processor(image_processor, image_size).save_pretrained(draft)
+            for name, image in (images or {}).items():
+                image.save(draft / name)
+            for name, content in (results or {}).items():
+                (draft / name).write_bytes(content)
+            pictures = sorted(images or {})
+            text = render_card(card, pictures, native=native, files=digests(draft))
+            (draft / CARD).write_text(text, encoding="utf-8")
+            for weights in draft.rglob("*.safetensors"):
+                # safetensors 0.8 writes them for their owner alone.
+                shutil.copymode(draft / CARD, weights)
     except (OSError, SafetensorError) as problem:
         raise ExportError(
             f"{folder.name} could not be written: {problem}. Free space or choose another "
             "folder, then merge again; the adapter is unharmed."
         ) from problem
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 

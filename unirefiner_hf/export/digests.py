@@ -1,11 +1,11 @@
-"""The sha256 of every weight file of a folder."""
+"""The sha256 of every file of a folder that can change what its model gives."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from .run_folder import CHECKPOINT, LAST
+from .model_files import can_change, files_of
 
 
 def sha256(file: Path) -> str:
@@ -17,20 +17,13 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def is_of_training(name: str) -> bool:
-    """Whether a file of a repository belongs to a checkpoint of training.
-
-    Runs in progress leave such folders there; they are no part of the model.
-    """
-    return "/" in name and name.startswith((LAST, CHECKPOINT))
-
-
-def weight_digests(folder: Path) -> dict[str, str]:
-    """Path relative to the folder -> sha256, of every safetensors file below it."""
-    files = sorted(folder.rglob("*.safetensors"))
-    names = [file.relative_to(folder).as_posix() for file in files]
+def digests(folder: Path) -> dict[str, str]:
+    """Path relative to the folder -> sha256, of every file that `can_change` a result."""
     return {
-        name: sha256(file)
-        for name, file in zip(names, files, strict=True)
-        if not is_of_training(name)
+        name: sha256(folder / name) for name in files_of(folder) if can_change(name)
     }
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file that this package wrote holds weights."""
+    return name.endswith(".safetensors")

@@ -15,21 +15,26 @@ from transformers.utils import logging
 from ..loading.adapter import CheckpointError, load_adapter
 from ..loading.arguments import BackboneArguments
 from ..loading.backbone import Backbone, Model
+from ..loading.base_digest import base_sha256
 from ..loading.starter import NAME as STARTER
 from ..methods.base import load_trainable
 from ..modeling.registers import check_width
 from ..results import Result, Table
 from .card import card_from_record
-from .checkpoint import SHARD_SIZE, ExportError, export_refined, weight_dtype
+from .checkpoint import SHARD_SIZE, export_refined, weight_dtype
+from .holding import holding
+from .result_folder import ExportError, check_target, folder_of
 from .run_folder import (
     EVALUATION,
     RECORD,
     RunFolder,
     RunFolderError,
-    as_path,
+    checkpoint_step,
+    folder_of_run,
     read_evaluation,
     read_run,
 )
+from .whole import damage
 
 logger = logging.get_logger(__name__)
 
@@ -101,48 +106,54 @@ def merge(
     native: bool = False,
     overwrite: bool = False,
     max_shard_size: str = SHARD_SIZE,
+    pictures: bool = False,
     trust_remote_code: bool = False,
 ) -> Merged:
     """Load a run's base in float32, put its adapter on, merge, and write the result.
 
     Args:
         run: as in `read_run`.
-        output: folder of the checkpoint; see `export_refined`, as for the last four.
+        output: folder of the checkpoint; see `export_refined`, as for the other options.
         model: the base, where it is not the recorded Hub name; see `load_backbone`.
         processing_class: its image processor, of a base in memory.
         model_license: of the base, where the run does not know it.
         register_width: border of the published model in patches; None: the run's.
         keep_text: keep the base's text encoder; None: as the run was asked to. A native
             export keeps none.
+        pictures: put ``before_after.png`` beside the weights and into the card; it shows
+            images of the training set.
         trust_remote_code: run the base repository's own code.
 
     Raises:
-        RunFolderError: as `read_run`; the base is not known where it lies; or the
-            adapter does not fit it.
+        RunFolderError: as `read_run`; the base is not known where it lies; its weights
+            are not those the run started from; or the adapter does not fit it.
+        HeldError: another command is at work in the run's folder.
         ExportError: a border for a method that has none, a text encoder in a native export,
-            an output that holds the run; or see `export_refined`.
+            an output that holds the run or its base; or see `export_refined`.
     """
-    found = read_run(run)
     dtype = weight_dtype(dtype)
-    check_output(found, output)
-    base = load_refined(
-        found,
-        model,
-        model_license,
-        register_width,
-        keeps_text(keep_text, native=native),
-        processing_class,
-        trust_remote_code,
-    )
-    folder = export_run(
-        found,
-        base,
-        output,
-        dtype=dtype,
-        native=native,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-    )
+    output = check_output(read_run(run), output, model, overwrite=overwrite)
+    with holding(folder_of_run(run), "merge"):
+        found = read_run(run)
+        base = load_refined(
+            found,
+            model,
+            model_license,
+            register_width,
+            keeps_text(keep_text, native=native),
+            processing_class,
+            trust_remote_code,
+        )
+        folder = export_run(
+            found,
+            base,
+            output,
+            dtype=dtype,
+            native=native,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            pictures=pictures,
+        )
     return written_checkpoint(folder, base, native=native)
 
 
@@ -160,15 +171,23 @@ def keeps_text(asked: bool | None, *, native: bool) -> bool | None:
     return False if native else asked
 
 
-def check_output(run: RunFolder, output: str | os.PathLike[str]) -> None:
-    """Refuse a folder whose replacement would take the run's adapter with it.
+def check_output(
+    run: RunFolder,
+    output: str | os.PathLike[str],
+    model: Model | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """The folder that a run's model may be written to; see `check_target`.
 
     Raises:
-        ExportError: it is the run, its adapter, or a folder that holds the run.
+        ExportError: it holds the run, its adapter or its base, or what we did not write.
     """
-    folder = as_path(output, "output").resolve()
-    if run.adapter.resolve().is_relative_to(folder):
-        raise ExportError(f"{folder} holds the run itself: name another folder.")
+    keep = {"the run itself": run.adapter, "its record": run.folder / RECORD}
+    base = folder_of(run.record["model"]["base"] if model is None else model)
+    if base is not None:
+        keep["the base of the run"] = base
+    return check_target(output, keep, overwrite=overwrite)
 
 
 def written_checkpoint(folder: Path, base: Backbone, *, native: bool = False) -> Merged:
@@ -217,13 +236,16 @@ def export_run(
     output: str | os.PathLike[str],
     *,
     repo_id: str | None = None,
+    pictures: bool = False,
     **options: Any,
 ) -> Path:
     """Merge what `load_refined` gave and write it; options as of `export_refined`.
 
     Args:
         repo_id: where it will be on the Hub; None where that is not known.
+        pictures: see `merge`.
     """
+    shown = run.pictures if pictures else ()
     entries, results = [], {}
     if run.evaluation is not None:
         results[EVALUATION] = run.evaluation.read_bytes()
@@ -242,7 +264,7 @@ def export_run(
         image_processor=base.processor,
         image_size=base.image_size,
         card=card_from_record(run.record, entries, repo_id),
-        images={picture.name: Image.open(picture) for picture in run.pictures},
+        images={picture.name: Image.open(picture) for picture in shown},
         results=results,
         text_side=None if base.text_side is None else base.text_side(),
         **options,
@@ -282,8 +304,10 @@ def _load(
         **{key: recorded[key] for key in keys},
     )
     source = name if model is None else model
+    _check_whole(run)
     try:
         base = load_trainable(source, arguments, settings, processor=processing_class)
+        _check_base(run, base)
         load_adapter(base.model, run.adapter)
     except CheckpointError as problem:
         called = source if isinstance(source, (str, Path)) else "The model in memory"
@@ -293,6 +317,35 @@ def _load(
     if hasattr(base.model.tower, "peft_config"):
         base.model.tower.peft_config["default"].base_model_name_or_path = name
     return base
+
+
+def _check_whole(run: RunFolder) -> None:
+    """Refuse a checkpoint that is damaged."""
+    folder = run.adapter
+    problem = None if checkpoint_step(folder) is None else damage(folder)
+    if problem is not None:
+        raise RunFolderError(
+            f"{folder} is not whole: {problem}. Name another checkpoint of the run."
+        )
+
+
+def _check_base(run: RunFolder, base: Backbone) -> None:
+    """Refuse a base whose weights have changed since; older records do not tell.
+
+    Bits of a quantised base say nothing of the weights they were made from.
+    """
+    recorded = run.record["model"].get("sha256")
+    quantised = run.record["training"].get("base_quantization") is not None
+    if recorded is None or quantised:
+        return
+    found = base_sha256(base.model)
+    if found != recorded:
+        raise RunFolderError(
+            f"{base.name} is not the base of this run, which is "
+            f"{run.record['model']['base']}: its weights have the sha256 {found[:16]}, and "
+            f"the run started from {recorded[:16]}. Name the model as it was, or the "
+            "revision."
+        )
 
 
 def _keeps_text(

@@ -7,6 +7,8 @@ register width is fixed in it.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..modeling.errors import MissingLibraryError, UniRefinerError
 from ..modeling.modeling_unirefiner import UniRefinerModel
+from ..outputs import UNFINISHED, OutputError, check_file, flush
 
 ONE_SHAPE = {
     "radio": "its position embeddings are cropped by whichever side is longer",
@@ -135,14 +138,19 @@ def export_onnx(model: UniRefinerModel, file: str | Path, **options: Any) -> Pat
     """Write the model as ONNX; needs ``pip install "unirefiner_hf[onnx]"``.
 
     Args:
-        file: to write; weights of more than 2 GB need a second file beside it, which
-            `torch.onnx` writes.
+        file: to write, its name ending in ``.onnx``; weights of more than 2 GB need a second
+            file beside it, which `torch.onnx` writes. Graphs of these names are replaced,
+            each of the two files whole.
         options: see `export_program`.
 
     Raises:
         MissingLibraryError: without onnx and onnxscript.
+        OutputError: another ending, or a file that cannot be written.
         UniRefinerError: as in `export_program`.
     """
+    target = check_file(file)
+    if target.suffix != ".onnx":
+        raise OutputError(f"{file} does not end in .onnx: name it so.")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -152,17 +160,26 @@ def export_onnx(model: UniRefinerModel, file: str | Path, **options: Any) -> Pat
         ) from error
     program = export_program(model, **options)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    torch.onnx.export(
-        program,
-        (),
-        str(file),
-        dynamo=True,
-        input_names=["pixel_values"],
-        output_names=["feature_map"],
-        external_data=size > 1_900_000_000,
-        verbose=False,
-    )
-    return Path(file)
+    with tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED
+    ) as scratch:
+        torch.onnx.export(
+            program,
+            (),
+            str(Path(scratch, target.name)),
+            dynamo=True,
+            input_names=["pixel_values"],
+            output_names=["feature_map"],
+            external_data=size > 1_900_000_000,
+            verbose=False,
+        )
+        # The graph last: it names the file of the weights.
+        for written in sorted(
+            Path(scratch).iterdir(), key=lambda f: f.name == target.name
+        ):
+            flush(written)
+            os.replace(written, target.with_name(written.name))
+    return target
 
 
 __all__ = ["ONE_BATCH", "ONE_SHAPE", "FeatureMap", "export_onnx", "export_program"]

@@ -30,6 +30,10 @@ LAST = "last-checkpoint"
 """On the Hub, the newest checkpoint of a run in progress."""
 FORMAT = 1
 """Of the record."""
+ASKED, ASKED_FORMAT = "asked.json", 1
+"""What a run goes on by: paths of this machine are in it, so it is never published."""
+RESULTS = (MERGED, ADAPTER, PUBLISHED, METRICS, PICTURE)
+"""What a run leaves at its end, and replaces without asking where it left it itself."""
 SECTIONS = ("model", "data", "method", "training", "versions")
 """What every record has."""
 
@@ -54,6 +58,11 @@ class RunFolder:
     adapter: Path
     pictures: tuple[Path, ...]
     evaluation: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.adapter.parent
 
     @property
     def settings(self) -> MethodSettings:
@@ -115,6 +124,11 @@ def read_record(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as problem:
         raise RunFolderError(f"{file} cannot be read: {problem}") from problem
     return check_record(record, file)
+
+
+def is_trained(record: dict[str, Any]) -> bool:
+    """Whether the last step is done; ``finished`` says that the merged model is there."""
+    return bool(record.get("finished") or record.get("trained"))
 
 
 def check_record(record: Any, file: str | Path = RECORD) -> dict[str, Any]:
@@ -199,6 +213,22 @@ def as_path(given: str | os.PathLike[str], name: str) -> Path:
     return Path(given).expanduser()
 
 
+def folder_of_run(folder: str | os.PathLike[str]) -> Path:
+    """The run itself, of its folder or of a ``checkpoint-N`` inside it.
+
+    Raises:
+        RunFolderError: there is no run.
+    """
+    folder = as_path(folder, "run").absolute()
+    run = folder if checkpoint_step(folder) is None else folder.parent
+    if not is_run(run):
+        raise RunFolderError(
+            f"{folder} is not a run: there is no {run / RECORD}. Name the output_dir of "
+            "a refinement, or a checkpoint-N inside it."
+        )
+    return run
+
+
 def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     """Find the adapter and the record of a run.
 
@@ -211,12 +241,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     """
     folder = as_path(folder, "run").absolute()
     step = checkpoint_step(folder)
-    run = folder if step is None else folder.parent
-    if not is_run(run):
-        raise RunFolderError(
-            f"{folder} is not a run: there is no {run / RECORD}. Name the output_dir of "
-            "a refinement, or a checkpoint-N inside it."
-        )
+    run = folder_of_run(folder)
     record = read_record(run)
     lacking = [name for name in SECTIONS if not isinstance(record.get(name), dict)]
     if lacking:
@@ -225,10 +250,10 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
             "wrote."
         )
     adapter = run / ADAPTER if step is None else folder
-    if step is None and not record.get("finished"):
+    if step is None and not is_trained(record):
         there = ", ".join(map(checkpoint_name, checkpoint_steps(run)))
         raise RunFolderError(
-            f"{run} is not finished: continue it with --resume, or merge one of its "
+            f"{run} is not finished: continue it with --resume {run}, or merge one of its "
             f"checkpoints ({there or 'it has none yet'})."
         )
     if not (adapter / adapter_files.WEIGHTS).is_file():

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..errors import UniRefinerError
 from ..export.card import METADATA, card_metadata
-from ..export.digests import is_of_training
+from ..export.model_files import is_of_training
 from ..export.run_folder import CARD
 
 if importlib.util.find_spec("httpx2") is not None:
@@ -61,21 +61,43 @@ def with_retries(
     for wait in waits:
         try:
             return call()
-        except HfHubHTTPError as problem:
-            status = problem.response.status_code
-            if status != 429 and status < 500:
+        except (HfHubHTTPError, TransportError, RuntimeError, ValueError) as problem:
+            reason, wait = _passing(problem, wait)
+            if reason is None:
                 raise
-            asked = problem.response.headers.get("Retry-After", "")
-            wait = float(asked) if asked.isdigit() else wait
-            reason = f"the Hub answered {status}"
-        except TransportError as problem:
-            reason = f"the connection failed ({type(problem).__name__})"
-        except json.JSONDecodeError:
-            # The client reads the answer of the card's validation before its status.
-            reason = "the Hub answered with no JSON"
         logger.warning(f"{reason}: trying again in {wait:.0f} s.")
         time.sleep(min(wait, LONGEST_WAIT))
     return call()
+
+
+def _passing(problem: Exception, wait: float) -> tuple[str | None, float]:
+    """Why a call failed that may be tried again, and after how long; None: it may not."""
+    cause = cause_of(problem)
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        if status != 429 and status < 500:
+            return None, wait
+        asked = cause.response.headers.get("Retry-After", "")
+        return (
+            f"the Hub answered {status}",
+            float(asked) if asked.isdigit() else wait,
+        )
+    if isinstance(cause, TransportError):
+        return f"the connection failed ({type(cause).__name__})", wait
+    if isinstance(cause, json.JSONDecodeError):
+        # The client reads the answer of the card's validation before its status.
+        return "the Hub answered with no JSON", wait
+    return None, wait
+
+
+def cause_of(problem: BaseException) -> BaseException:
+    """What the Hub or the connection said; the client wraps it where it uploads files."""
+    cause: BaseException | None = problem
+    while cause is not None:
+        if isinstance(cause, (HfHubHTTPError, TransportError, json.JSONDecodeError)):
+            return cause
+        cause = cause.__cause__
+    return problem
 
 
 @dataclass(frozen=True)
@@ -185,39 +207,52 @@ def explained(call: Callable[[], Answer], repo_id: str) -> Answer:
     """
     try:
         return call()
-    except GatedRepoError as problem:
-        raise HubError(
+    except UniRefinerError:
+        raise
+    except (HfHubHTTPError, TransportError, OSError, RuntimeError) as problem:
+        raise HubError(explanation(problem, repo_id)) from problem
+
+
+def explanation(problem: BaseException, repo_id: str) -> str:
+    """What an error of the Hub or of the connection means, with the Hub's own words."""
+    cause = cause_of(problem)
+    if isinstance(cause, GatedRepoError):
+        return (
             f"{repo_id} is gated: ask for access on its page, then log in with "
             "'hf auth login' or set HF_TOKEN."
-        ) from problem
-    except RepositoryNotFoundError as problem:
-        raise HubError(
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return (
             f"There is no repository {repo_id} that may be seen from here: check the name; "
             "a private one needs a token that may read it ('hf auth login', or HF_TOKEN)."
-        ) from problem
-    except HfHubHTTPError as problem:
-        status = problem.response.status_code
-        said = problem.server_message or _first_line(problem)
+        )
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        said = f"{status}: {cause.server_message or _first_line(cause)}"
         if status == 401:
-            raise HubError(
+            return (
                 f"The Hub does not accept the token ({said}): make one with write access, "
                 "then run 'hf auth login' or set HF_TOKEN."
-            ) from problem
+            )
         if status == 403:
-            raise HubError(
+            return (
                 f"This token may not write to {repo_id} ({said}): use one with write "
                 "access, or a repository of your own."
-            ) from problem
-        raise HubError(
-            f"The Hub answered {status} ({said}). Nothing is lost: run the same command "
-            "again."
-        ) from problem
-    except (TransportError, OSError) as problem:
-        raise HubError(
-            f"The connection to the Hub failed ({_first_line(problem)}). Nothing is "
-            "lost: run the same command again."
-        ) from problem
+            )
+        mend = "run" if status == 429 or status >= 500 else "mend that, then run"
+        return (
+            f"The Hub answered {said}. Nothing is lost: {mend} the same command again."
+        )
+    if isinstance(cause, (TransportError, OSError)):
+        return (
+            f"The connection to the Hub failed ({_first_line(cause)}). Nothing is lost: "
+            "run the same command again."
+        )
+    return (
+        f"The Hub's client failed ({type(cause).__name__}: {_first_line(cause)}). Nothing is "
+        "lost: run the same command again."
+    )
 
 
-def _first_line(problem: Exception) -> str:
+def _first_line(problem: BaseException) -> str:
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]

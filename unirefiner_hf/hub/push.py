@@ -10,40 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    get_token,
-)
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from ..export.checkpoint import SHARD_SIZE, is_ours, weight_dtype
+from ..export.checkpoint import SHARD_SIZE, weight_dtype
+from ..export.holding import holding
 from ..export.merge import check_output, export_run, keeps_text, load_refined
 from ..export.reload_check import ReloadReport, check_reload, encode, example_pixels
 from ..export.run_folder import CARD, PUBLISHED, as_path, read_run
 from ..loading.backbone import Model
-from ..modeling.text_side import TEXT
 from ..results import Result, Table
+from .access import check_access, check_private, tag_taken
 from .client import (
     HubError,
     RemoteState,
-    check_ours,
+    cause_of,
     check_repo_id,
     explained,
-    model_files,
     remote_state,
     with_retries,
 )
+from .plan import plan, send
 
 logger = logging.get_logger(__name__)
 
-STALE = (".safetensors", ".safetensors.index.json", ".py", ".png")
-"""Endings of files of ours that a push removes when the new model has none of the name."""
 CONFLICTS = (409, 412)
 
 
@@ -55,6 +47,8 @@ class Pushed(Result):
         folder: what was built, and is on the Hub now.
         commit: that holds it; of the pull request, if one was made.
         uploaded, removed: files; both empty if the repository held it all.
+        kept: files of another hand that stay beside the model; no loader takes them.
+        left_out: pictures of training images that stay in the run's folder.
         tag: that marks the commit; None in a pull request.
         pull_request: its address, if one was made.
         check: how near the reloaded folder is to the trained model.
@@ -70,6 +64,8 @@ class Pushed(Result):
     tag: str | None
     pull_request: str | None
     check: ReloadReport
+    kept: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -78,12 +74,22 @@ class Pushed(Result):
             "folder": str(self.folder),
             "uploaded": list(self.uploaded),
             "removed": list(self.removed),
+            "kept": list(self.kept),
+            "left_out": list(self.left_out),
         }
 
     @property
     def title(self) -> str:
         """Where it is."""
         return f"{self.repo_id} at {self.url}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What stayed in the run's folder, and why."""
+        return [
+            f"Not published: {name}, which shows training images (--pictures does)."
+            for name in self.left_out
+        ]
 
     @property
     def _place(self) -> str:
@@ -98,6 +104,8 @@ class Pushed(Result):
         rows = [("uploaded", name) for name in self.uploaded]
         rows += [("removed", name) for name in self.removed]
         rows = rows or [("unchanged", "all files")]
+        rows += [("of another hand, kept", name) for name in self.kept]
+        rows += [("not published", name) for name in self.left_out]
         return [Table(("", "file"), rows, f"{self._place}.")]
 
     def __str__(self) -> str:
@@ -113,21 +121,12 @@ class Pushed(Result):
             lines.append(f"Uploaded {len(self.uploaded)} files{removed} in one commit.")
         else:
             lines.append("Nothing to upload: the repository holds it all.")
+        if self.removed:
+            lines.append(f"Removed: {', '.join(self.removed)}.")
+        if self.kept:
+            lines.append(f"Of another hand, kept: {', '.join(self.kept)}.")
+        lines += self.notes
         return "\n".join([*lines, self._place])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What separates a repository from a folder."""
-
-    head: str
-    add: tuple[str, ...]
-    remove: tuple[str, ...]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the repository holds the folder."""
-        return not self.add and not self.remove
 
 
 def push(
@@ -147,6 +146,7 @@ def push(
     dtype: torch.dtype | str = torch.float32,
     native: bool = False,
     max_shard_size: str = SHARD_SIZE,
+    pictures: bool = False,
     token: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pushed:
@@ -154,7 +154,8 @@ def push(
 
     The complete folder is built, loaded in fresh processes with and without this
     package, and compared with the trained model; its card is validated; then everything
-    goes up in one commit, and a tag marks it.
+    goes up in one commit, and a tag marks it. The same commit removes what an earlier
+    version left and this one has not; files that are written for readers stay.
 
     Args:
         run: a finished run, or a ``checkpoint-N`` inside one.
@@ -163,121 +164,143 @@ def push(
             left there is replaced, anything else is not.
         private: create a private repository.
         create_pr: propose the commit as a pull request.
-        force: replace the model of a repository that is not ours.
-        tag: None: ``v`` and the version of the recipe's package.
+        force: replace the model of a repository that is not ours, and remove files of
+            another hand that a loader would take in its place.
+        tag: None: ``v`` and the version of the recipe's package. A pull request has none.
         model, processing_class, model_license, register_width, keep_text, dtype, native,
-            max_shard_size: see `merge`.
+            max_shard_size, pictures: see `merge`.
         token: None: the one of the environment or of ``hf auth login``.
         trust_remote_code: run the base repository's own code.
 
     Raises:
-        HubError: not logged in, not allowed, not our repository, public where
-            `private` was asked, an unknown licence, a tag that marks another commit, a
-            card the Hub refuses, or a change by somebody else meanwhile.
+        HubError: see `check_access`; an unknown licence, a card the Hub refuses, or a
+            change by somebody else meanwhile.
         RunFolderError, ExportError, ReloadError: see there; nothing was uploaded.
+        HeldError: another command is at work in the run.
     """
     check_repo_id(repo_id)
+    if create_pr and tag is not None:
+        raise HubError(
+            f"tag is {tag!r}, and a pull request has none: leave --tag or --create-pr out."
+        )
     dtype = weight_dtype(dtype)
     kept = keeps_text(keep_text, native=native)
     found = read_run(run)
     folder = Path(run) / PUBLISHED if output is None else as_path(output, "output")
-    check_output(found, folder)
-    api = HfApi(token=token, library_name="unirefiner_hf")
-    _log_in(api, repo_id)
-    state = explained(lambda: remote_state(api, repo_id), repo_id)
-    if not (force or create_pr):
-        check_ours(repo_id, state, found.record["model"]["base"])
-    if create_pr and state is None:
-        raise HubError(f"{repo_id} does not exist: push it without --create-pr first.")
-    if state is not None and private and not state.private:
-        raise HubError(
-            f"{repo_id} is public: change that in its settings on the Hub, or leave "
-            "--private out."
-        )
-
-    base = load_refined(
-        found,
-        model,
-        model_license,
-        register_width,
-        kept,
-        processing_class,
-        trust_remote_code,
-    )
-    if base.license is None:
-        raise HubError(
-            f"The licence of {base.name} is unknown, and a published model needs one: "
-            "look it up and name it, such as --license apache-2.0."
-        )
-    pixels = example_pixels(base)
-    trained = encode(base.model, pixels, native=native)
-    folder = export_run(
-        found,
-        base,
-        folder,
-        repo_id=repo_id,
-        dtype=dtype,
-        native=native,
-        overwrite=output is None or is_ours(folder),
-        max_shard_size=max_shard_size,
-    )
-    check = check_reload(folder, base, trained, pixels, dtype=dtype, native=native)
-    del base
-    _validate_card(folder)
-
-    if state is None:
-        create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
-        explained(lambda: with_retries(create), repo_id)
+    check_output(found, folder, model, overwrite=True)
     tag = tag or f"v{found.record['versions']['unirefiner_hf']}"
-    upload = _propose if create_pr else _commit
-    return explained(lambda: upload(api, repo_id, folder, tag, check), repo_id)
+    api = HfApi(token=token, library_name="unirefiner_hf")
+    state = check_access(
+        api,
+        repo_id,
+        found.record["model"]["base"],
+        tag=None if create_pr else tag,
+        private=private,
+        create_pr=create_pr,
+        force=force,
+    )
+
+    with holding(found.folder, "push"):
+        found = read_run(run)
+        base = load_refined(
+            found,
+            model,
+            model_license,
+            register_width,
+            kept,
+            processing_class,
+            trust_remote_code,
+        )
+        if base.license is None:
+            raise HubError(
+                f"The licence of {base.name} is unknown, and a published model needs one: "
+                "look it up and name it, such as --license apache-2.0."
+            )
+        pixels = example_pixels(base)
+        trained = encode(base.model, pixels, native=native)
+        folder = export_run(
+            found,
+            base,
+            folder,
+            repo_id=repo_id,
+            dtype=dtype,
+            native=native,
+            overwrite=True,
+            max_shard_size=max_shard_size,
+            pictures=pictures,
+        )
+        check = check_reload(folder, base, trained, pixels, dtype=dtype, native=native)
+        del base
+        _validate_card(folder)
+
+        if state is None:
+            create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+            explained(lambda: with_retries(create), repo_id)
+            state = explained(lambda: _there(api, repo_id), repo_id)
+            if not state.is_empty:
+                raise _changed(repo_id, state)
+        head = state.head
+        left_out = () if pictures else tuple(file.name for file in found.pictures)
+
+        def upload() -> Pushed:
+            if create_pr:
+                return _propose(api, repo_id, folder, check)
+            return _commit(api, repo_id, folder, tag, check, private, head)
+
+        return dataclasses.replace(explained(upload, repo_id), left_out=left_out)
 
 
 def _commit(
-    api: HfApi, repo_id: str, folder: Path, tag: str, check: ReloadReport
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    tag: str,
+    check: ReloadReport,
+    private: bool,
+    head: str,
 ) -> Pushed:
     """One commit on main, unless it holds everything; then the tag.
 
     A commit whose answer was lost, or that met another one, is looked at again: if the
     repository holds everything by then, all is well.
+
+    Args:
+        head: commit that was looked at before the folder was built.
     """
     uploaded: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    sent_onto = None
+    sent = False
     while True:
-        state = remote_state(api, repo_id)
-        if state is None:
-            raise HubError(f"{repo_id} is gone: it was deleted meanwhile.")
-        plan = _plan(api, repo_id, folder, state)
+        state = _there(api, repo_id)
+        check_private(repo_id, state, private)
+        wanted = plan(api, repo_id, folder, state)
         tagged = _tags(api, repo_id).get(tag)
-        if plan.is_empty:
+        if wanted.is_empty:
             break
-        if sent_onto is not None:
-            raise HubError(
-                f"{repo_id} was changed by somebody else during the upload (now at "
-                f"{state.head[:7]}): look at it, then push again."
-            )
+        if sent or state.head != head:
+            raise _changed(repo_id, state)
         if tagged is not None:
             break
-        sent_onto, uploaded, removed = plan.head, plan.add, plan.remove
+        sent, uploaded, removed = True, wanted.add, wanted.remove
         try:
-            _send(api, repo_id, folder, plan, parent_commit=plan.head)
-        except HfHubHTTPError as problem:
-            if problem.response.status_code not in CONFLICTS:
+            with_retries(
+                partial(send, api, repo_id, folder, wanted, parent_commit=wanted.head)
+            )
+        except (HfHubHTTPError, RuntimeError) as problem:
+            cause = cause_of(problem)
+            if not isinstance(cause, HfHubHTTPError):
                 raise
-    if tagged is not None and (tagged != plan.head or not plan.is_empty):
-        raise HubError(
-            f"The tag {tag} of {repo_id} marks another commit ({tagged[:7]}): name another "
-            "one with --tag."
-        )
+            if cause.response.status_code not in CONFLICTS:
+                raise
+    if tagged is not None and (tagged != wanted.head or not wanted.is_empty):
+        raise tag_taken(repo_id, tag, tagged)
     if tagged is None:
-        with_retries(
-            lambda: api.create_tag(repo_id, tag=tag, revision=plan.head, exist_ok=True)
-        )
+        mark = partial(api.create_tag, tag=tag, revision=wanted.head, exist_ok=True)
+        with_retries(lambda: mark(repo_id))
     return Pushed(
         repo_id=repo_id,
         folder=folder,
-        commit=plan.head,
+        commit=wanted.head,
         url=f"{api.endpoint}/{repo_id}",
         uploaded=uploaded,
         removed=removed,
@@ -285,93 +308,85 @@ def _commit(
         tag=tag,
         pull_request=None,
         check=check,
+        kept=wanted.keep,
     )
 
 
-def _propose(
-    api: HfApi, repo_id: str, folder: Path, tag: str, check: ReloadReport
-) -> Pushed:
-    """A pull request, or the open one that proposes the same already."""
-    state = remote_state(api, repo_id)
-    if state is None:
-        raise HubError(f"{repo_id} is gone: it was deleted meanwhile.")
-    plan = _plan(api, repo_id, folder, state)
+def _propose(api: HfApi, repo_id: str, folder: Path, check: ReloadReport) -> Pushed:
+    """A pull request, or the open one that proposes the same already.
+
+    Before it is tried again the open ones are looked at: one whose answer was lost is there.
+    """
+    state = _there(api, repo_id)
+    wanted = plan(api, repo_id, folder, state)
     url: str | None = None
-    commit, uploaded = state.head, plan.add
-    if not plan.is_empty:
-        for discussion in api.get_repo_discussions(
-            repo_id, discussion_type="pull_request", discussion_status="open"
-        ):
-            revision = f"refs/pr/{discussion.num}"
-            proposed = remote_state(api, repo_id, revision)
-            if proposed is not None and _plan(api, repo_id, folder, proposed).is_empty:
-                url, commit, uploaded = discussion.url, proposed.head, ()
-                break
-        else:
-            info = _send(api, repo_id, folder, plan, create_pr=True)
-            url, commit = info.pr_url, info.oid
+    commit = state.head
+    uploaded: tuple[str, ...] = ()
+    if not wanted.is_empty:
+        proposal = _proposal(api, repo_id, folder)
+        if proposal is None:
+            uploaded = wanted.add
+            proposal = with_retries(
+                lambda: (
+                    _proposal(api, repo_id, folder)
+                    or _opened(send(api, repo_id, folder, wanted, create_pr=True))
+                )
+            )
+        url, commit = proposal
     return Pushed(
         repo_id=repo_id,
         folder=folder,
         commit=commit,
         url=f"{api.endpoint}/{repo_id}",
         uploaded=uploaded,
-        removed=plan.remove if uploaded else (),
+        removed=wanted.remove if uploaded else (),
         private=state.private,
         tag=None,
         pull_request=url,
         check=check,
+        kept=wanted.keep,
     )
 
 
-def _plan(api: HfApi, repo_id: str, folder: Path, state: RemoteState) -> Plan:
-    """Files that differ, by the Hub's own checksums, and files of ours that must go."""
-    difference = with_retries(
-        lambda: api.verify_repo_checksums(
-            repo_id, revision=state.head, local_dir=folder
+def _opened(info: CommitInfo) -> tuple[str, str]:
+    return str(info.pr_url), info.oid
+
+
+def _proposal(api: HfApi, repo_id: str, folder: Path) -> tuple[str, str] | None:
+    """Address and commit of an open pull request that proposes the folder."""
+    discussions = with_retries(
+        lambda: list(
+            api.get_repo_discussions(
+                repo_id, discussion_type="pull_request", discussion_status="open"
+            )
         )
     )
-    changed = [mismatch["path"] for mismatch in difference.mismatches]
-    ours = set(model_files(state))
-    stale = [
-        name
-        for name in difference.missing_paths
-        if name in ours and (name.endswith(STALE) or name.startswith(f"{TEXT}/"))
-    ]
-    return Plan(
-        state.head, tuple(sorted([*changed, *difference.extra_paths])), tuple(stale)
+    for discussion in discussions:
+        proposed = remote_state(api, repo_id, f"refs/pr/{discussion.num}")
+        if proposed is None:
+            continue
+        if plan(api, repo_id, folder, proposed).is_empty:
+            return discussion.url, proposed.head
+    return None
+
+
+def _changed(repo_id: str, state: RemoteState) -> HubError:
+    return HubError(
+        f"{repo_id} was changed by somebody else meanwhile (now at {state.head[:7]}): look "
+        "at it, then push again."
     )
 
 
-def _send(
-    api: HfApi, repo_id: str, folder: Path, plan: Plan, **options: Any
-) -> CommitInfo:
-    """One commit with everything of the plan."""
-
-    def send() -> CommitInfo:
-        add = [CommitOperationAdd(name, folder / name) for name in plan.add]
-        remove = [CommitOperationDelete(name) for name in plan.remove]
-        return api.create_commit(
-            repo_id,
-            [*add, *remove],
-            commit_message="Publish the refined model",
-            **options,
-        )
-
-    return with_retries(send)
+def _there(api: HfApi, repo_id: str) -> RemoteState:
+    state = remote_state(api, repo_id)
+    if state is None:
+        raise HubError(f"{repo_id} is gone: it was deleted meanwhile.")
+    return state
 
 
 def _tags(api: HfApi, repo_id: str) -> dict[str, str]:
     refs = with_retries(lambda: api.list_repo_refs(repo_id))
     return {tag.name: tag.target_commit for tag in refs.tags}
-
-
-def _log_in(api: HfApi, repo_id: str) -> None:
-    if (api.token or get_token()) is None:
-        raise HubError(
-            "Not logged in to the Hub: run 'hf auth login', or set HF_TOKEN."
-        )
-    explained(lambda: with_retries(api.whoami), repo_id)
 
 
 def _validate_card(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compare a checkpoint's weight files with the sha256 its card states."""
+"""Compare a checkpoint's files with the sha256 its card states."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 
 from ..export.card import own_metadata
-from ..export.digests import is_of_training, sha256
+from ..export.digests import is_weights, sha256
+from ..export.model_files import can_change, files_of, is_of_training, is_written
 from ..export.run_folder import CHECKPOINT, LAST, as_path
 from ..results import Result, Table
 from .client import HubError, check_repo_id, explained, with_retries
-
-UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-"""Endings of weight files that are not safetensors."""
+from .plan import ATTRIBUTES
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,12 @@ class Verified(Result):
     """What a verification found.
 
     Attributes:
-        right: weight files whose sha256 is the card's.
+        right: files whose sha256 is the card's.
         wrong: name -> (sha256 of the card, of the file).
         missing: files the card names and the checkpoint lacks.
-        unlisted: weight files the card does not name.
+        unlisted: files that could run or change the result, and the card does not name.
+        unchecked: those a card of an earlier version, which states weights alone, leaves out.
+        other: files of another hand that no loader takes.
     """
 
     folder: Path
@@ -36,10 +37,12 @@ class Verified(Result):
     wrong: dict[str, tuple[str, str]]
     missing: tuple[str, ...]
     unlisted: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every weight file is the one that was published."""
+        """Whether every file that the card states is the one that was published."""
         return not (self.wrong or self.missing or self.unlisted)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +54,8 @@ class Verified(Result):
             "wrong": {n: {"card": c, "file": f} for n, (c, f) in self.wrong.items()},
             "missing": list(self.missing),
             "unlisted": list(self.unlisted),
+            "unchecked": list(self.unchecked),
+            "other": list(self.other),
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -66,6 +71,11 @@ class Verified(Result):
                 ("UNLISTED", name, "the card does not name it")
                 for name in self.unlisted
             ),
+            *(
+                ("UNCHECKED", name, "the card is of an earlier version")
+                for name in self.unchecked
+            ),
+            *(("other", name, "no part of the model") for name in self.other),
         ]
 
     @property
@@ -82,8 +92,14 @@ class Verified(Result):
             f"{verdict:9} {name}{': ' if why else ''}{why}"
             for verdict, name, why in self.rows()
         ]
-        if self.passed:
-            lines.append(f"{len(self.right)} weight files are as published.")
+        if self.passed and self.unchecked:
+            lines.append(
+                f"{len(self.right)} weight files are as published. The card is of an earlier "
+                f"version, which states no others: {len(self.unchecked)} files that can "
+                "change the result were not checked. Its owner's next push states them."
+            )
+        elif self.passed:
+            lines.append(f"{len(self.right)} files are as published.")
         else:
             lines.append(
                 "Do not use this checkpoint. If a download went wrong, --force-download "
@@ -98,9 +114,11 @@ def verify(
     revision: str | None = None,
     force_download: bool = False,
 ) -> Verified:
-    """Compare every weight file with the card's sha256.
+    """Compare every file that can run or change the result with the card's sha256.
 
-    The Hub's client checks the size of what it downloads and nothing else.
+    Weights, configs, image processor, the code that ``trust_remote_code`` runs, adapter and
+    text encoder. The card itself is what they are compared with. The Hub's client checks the
+    size of what it downloads and nothing else.
 
     Args:
         checkpoint: a folder, or a Hub id, which is downloaded to the cache.
@@ -117,25 +135,36 @@ def verify(
     elif revision is not None or force_download:
         name = "force_download" if revision is None else "revision"
         raise HubError(f"{folder} is a folder here: {name} is for models on the Hub.")
-    stated = (own_metadata(folder) or {}).get("weights")
+    told = own_metadata(folder) or {}
+    stated, others = told.get("weights"), told.get("files")
     if not isinstance(stated, dict) or not stated:
         raise HubError(
             f"The card of {checkpoint} states no checksums: only a model that unirefiner "
             "published can be verified."
         )
-    found = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.suffix in (".safetensors", *UNSAFE) and path.is_file()
-    }
-    found = {name: path for name, path in found.items() if not is_of_training(name)}
-    digests = {name: sha256(found[name]) for name in stated if name in found}
+    if isinstance(others, dict):
+        stated = {**stated, **others}
+    there = {n for n in files_of(folder) if not is_of_training(n)}
+    digests = {n: sha256(folder / n) for n in sorted(stated.keys() & there)}
+    unstated = sorted(there - stated.keys())
+    changing = [name for name in unstated if can_change(name)]
+    unchecked = [
+        name
+        for name in changing
+        if others is None and is_written(name) and not is_weights(name)
+    ]
     return Verified(
         folder=folder,
         right=tuple(n for n, digest in digests.items() if digest == stated[n]),
         wrong={n: (str(stated[n]), d) for n, d in digests.items() if d != stated[n]},
-        missing=tuple(sorted(stated.keys() - found.keys())),
-        unlisted=tuple(sorted(found.keys() - stated.keys())),
+        missing=tuple(sorted(stated.keys() - there)),
+        unlisted=tuple(name for name in changing if name not in unchecked),
+        unchecked=tuple(unchecked),
+        other=tuple(
+            name
+            for name in unstated
+            if name not in changing and not is_written(name) and name != ATTRIBUTES
+        ),
     )
 
 

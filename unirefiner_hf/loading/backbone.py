@@ -178,6 +178,17 @@ def backbone_source(model: str | Path) -> tuple[str, str]:
     return name, name
 
 
+def public_name(model: Model) -> str:
+    """What a model is called in records and cards.
+
+    Raises:
+        BackboneError: see `backbone_source`; or an object of another kind.
+    """
+    if isinstance(model, (str, Path)):
+        return backbone_source(model)[1]
+    return _origin(model)[1]
+
+
 def weightless_tower(model: str | Path, args: BackboneArguments) -> PreTrainedModel:
     """The backbone on the meta device, from its config.
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .files import check_finite_weights, check_model, refuse_report
 from .towers import translated
+from .weight_files import PLACE, check_weights
 
 Model = TypeVar("Model", bound="CheckedModel")
 
@@ -26,14 +27,16 @@ class CheckedModel(PreTrainedModel):
     ) -> Model:
         """As `PreTrainedModel.from_pretrained`.
 
+        Weights are read from safetensors alone; ``use_safetensors=False`` asks for a pickle.
+
         Args:
             output_loading_info: return ``(model, report)``; what is missing is then for the
                 caller to judge.
 
         Raises:
-            UniRefinerError: no such checkpoint, a damaged file (names it), a checkpoint of
-                another model, or weights that are missing, unknown, of another shape or not
-                finite.
+            UniRefinerError: no such checkpoint, a damaged file (names it), weights that are
+                pickled (see `check_weights`), a checkpoint of another model, or weights that
+                are missing, unknown, of another shape or not finite.
         """
         name = pretrained_model_name_or_path
         check_model(name)
@@ -41,6 +44,9 @@ class CheckedModel(PreTrainedModel):
             "ignore_mismatched_sizes", True
         )  # reported, and refused below
         with translated(f"{name} cannot be loaded", Exception):
+            if name is not None and kwargs.setdefault("use_safetensors", True):
+                place = {key: kwargs[key] for key in PLACE if kwargs.get(key)}
+                check_weights(str(name), **place)
             loaded: Any = super().from_pretrained(
                 name, *args, output_loading_info=True, **kwargs
             )

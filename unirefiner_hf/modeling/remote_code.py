@@ -20,6 +20,7 @@ from . import (
     registers,
     towers,
     vit_parts,
+    weight_files,
 )
 from .configuration_eva_clip import EvaClipVisionConfig
 from .configuration_unirefiner import UniRefinerConfig
@@ -42,11 +43,18 @@ FLAT_MODULES = (
     recording,
     registers,
     towers,
+    weight_files,
 )
 """What every checkpoint needs."""
 
 EVA_CLIP_MODULES = (configuration_eva_clip, modeling_eva_clip, vit_parts)
 """What `own_towers` imports, and only a checkpoint of EVA-CLIP needs."""
+
+CODE_FILES = tuple(
+    f"{module.__name__.rpartition('.')[2]}.py"
+    for module in FLAT_MODULES + EVA_CLIP_MODULES
+)
+"""Names of the files that are put beside weights."""
 
 NO_OWN_TOWERS = '''"""This checkpoint's tower is one of transformers: none has to be added."""
 

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .configuration_eva_clip import EvaClipVisionConfig
 from .configuration_unirefiner import UniRefinerConfig
@@ -34,6 +34,7 @@ from .errors import UniRefinerError
 from .families import DUAL_ENCODERS, FAMILIES
 from .files import check_model
 from .towers import translated
+from .weight_files import check_weights, find_file
 
 TEXT = "text"
 """Folder of a refined checkpoint that keeps the text side."""
@@ -167,6 +168,7 @@ def load_text_side(
     with translated(f"{name_or_path} cannot be loaded"):
         source = _source(str(name_or_path), revision, trust_remote_code)
     tokenizer = _tokenizer(source)
+    check_weights(source.name, **source.place)
     parent: Any = MODEL_MAPPING[type(source.config)]
     verbosity = logging.get_verbosity()
     # The vision tower is left out on purpose; the check below replaces the report.
@@ -225,7 +227,12 @@ def _source(name: str, revision: str | None, trust_remote_code: bool) -> _Source
     refined_type = None
     if published.get("model_type") == UniRefinerConfig.model_type:
         place["subfolder"] = TEXT
-        refined_type = published["vision_config"]["model_type"]
+        refined_type = (published.get("vision_config") or {}).get("model_type")
+        if refined_type not in FAMILIES:
+            raise TextSideError(
+                f"{name} is no whole refined checkpoint: its config names no backbone "
+                f"(vision_config.model_type is {refined_type!r})."
+            )
         published = _published(name, place)
         if published is None:
             raise TextSideError(
@@ -255,7 +262,7 @@ def _source(name: str, revision: str | None, trust_remote_code: bool) -> _Source
 
 def _published(name: str, place: dict[str, Any]) -> dict[str, Any] | None:
     """The content of ``config.json``; None where there is none."""
-    if not _has_file(name, "config.json", place):
+    if find_file(name, "config.json", **place) is None:
         return None
     return PreTrainedConfig.get_config_dict(name, **place)[0]
 
@@ -290,7 +297,7 @@ def _eva_config(published: dict[str, Any], name: str) -> CLIPConfig:
 
 def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     # Without files, transformers makes an empty tokenizer of the model's kind.
-    if not any(_has_file(source.name, file, source.place) for file in _VOCABULARIES):
+    if not any(find_file(source.name, f, **source.place) for f in _VOCABULARIES):
         raise TextSideError(
             f"{source.name} has no tokenizer (none of {', '.join(_VOCABULARIES)}): put "
             "the tokenizer files of the dual encoder beside its weights, or name its "
@@ -305,13 +312,6 @@ def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
             f"The tokenizer of {source.name} does not load: "
             f"{' '.join(str(problem).split())[:200]}"
         ) from problem
-
-
-def _has_file(name: str, file: str, place: dict[str, Any]) -> bool:
-    found = cached_file(
-        name, file, _raise_exceptions_for_missing_entries=False, **place
-    )
-    return found is not None
 
 
 def _without_vision(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:

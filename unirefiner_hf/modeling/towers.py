@@ -35,6 +35,7 @@ from .files import (
     refuse_report,
 )
 from .own_towers import own_models, published_config
+from .weight_files import check_no_adapter, check_weights, pickled_alone
 
 # transformers has this class, but its AutoModel does not know it. By name: a model may not
 # be imported here, since transformers' own imports may have brought us here.
@@ -56,12 +57,14 @@ def tower_config(
     """Config of a checkpoint; published EVA-CLIP and InternViT give those read here.
 
     Raises:
-        UniRefinerError: no such checkpoint, a config that cannot be read, an unknown
-            model type, or a variant of those two that is not supported.
+        UniRefinerError: no such checkpoint, one with an adapter beside it, a config that
+            cannot be read, an unknown model type, or a variant of those two that is not
+            supported.
     """
     check_model(name_or_path)
     check_reachable(name_or_path, revision)
     with translated(f"{name_or_path} cannot be loaded", Exception):
+        check_no_adapter(name_or_path, revision=revision)
         published, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
         return published_config(published) or AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -83,6 +86,8 @@ def translated(what: str, *kinds: type[Exception]) -> Iterator[None]:
     except Exception as problem:
         if not isinstance(problem, (*_REFUSALS, *kinds)):
             raise
+        if "cannot be loaded with `safetensors`" in str(problem):
+            raise UniRefinerError(f"{what}: {pickled_alone('it')}") from problem
         raise UniRefinerError(f"{what}: {problem}") from problem
 
 
@@ -191,10 +196,8 @@ def load_tower(
     # Other parts are left out on purpose; the check below replaces the report.
     logging.set_verbosity_error()
     try:
-        with (
-            translated(f"{name_or_path} cannot be loaded", Exception),
-            _without_pickle(name_or_path),
-        ):
+        with translated(f"{name_or_path} cannot be loaded", Exception):
+            check_weights(name_or_path, revision=revision)
             tower, report = AutoModel.from_pretrained(
                 name_or_path,
                 config=vision,
@@ -221,23 +224,6 @@ def load_tower(
     check_finite_weights(tower, name_or_path)
     check_tower(tower)
     return tower
-
-
-@contextmanager
-def _without_pickle(name_or_path: str) -> Iterator[None]:
-    """Tell how to convert a checkpoint that has no safetensors."""
-    try:
-        yield
-    except OSError as problem:
-        if "safetensors" not in str(problem) and "model.bin" not in str(problem):
-            raise
-        raise UniRefinerError(
-            f"{name_or_path} holds no safetensors, and pickled weights can run code. "
-            "Convert them once: for each .bin file, "
-            "safetensors.torch.save_file(torch.load(file, weights_only=True), "
-            "file_with_safetensors_ending, metadata={'format': 'pt'}), and rename the "
-            f"files in the index likewise. ({problem})"
-        ) from problem
 
 
 def _build_options(family: TowerFamily) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..data.arguments import DataArguments
 from ..errors import UniRefinerError, as_users, require
 from ..loading.arguments import BackboneArguments
 from ..values import check_values
-from .distributed import needs_gloo
+from .distributed import connect_cpus, needs_gloo
 from .options import TrainingOptions
 from .refused import BOUNDS, REFUSED
 
@@ -68,6 +68,7 @@ class UniRefinerArguments(  # type: ignore[misc]
             self.dataloader_num_workers = min(4, os.cpu_count() or 1) if gpu else 0
         if self.ddp_backend is None and needs_gloo():
             self.ddp_backend = "gloo"
+        connect_cpus(self.ddp_timeout)
         with as_users("arguments of the run", Exception):
             TrainingArguments.__post_init__(self)
 

@@ -130,6 +130,22 @@ class Snapshots(TrainerCallback):
         ).save(self.folder / f"step-{step:06d}.png")
 
 
+class StepsAsAsked(TrainerCallback):
+    """Steps between logs and checkpoints follow the arguments, not the checkpoint.
+
+    `Trainer` keeps to those of the checkpoint that a run goes on from.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class GracefulStop(TrainerCallback):
     """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
 

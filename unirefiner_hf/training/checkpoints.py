@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
@@ -25,35 +26,60 @@ from ..export.run_folder import (
     read_refiner_state,
     stream_file,
 )
+from ..export.whole import write_manifest
 from ..loading.adapter import CheckpointError, below, load_adapter, save_adapter
 from ..methods.objective import Objective
-from .distributed import gather_named, highest, wait_for_all, whole_trainable
+from ..outputs import put_in_place
+from .arguments import UniRefinerArguments
+from .distributed import (
+    fail_together,
+    gather_named,
+    highest,
+    wait_for_all,
+    whole_trainable,
+)
+from .split import Split, check_split, current_state
 from .state_tree import load_tree, random_states, restore_random_states, save_tree
+from .zero_state import (
+    gather_optimizer,
+    is_elementwise,
+    names_by_group,
+    restore_optimizer,
+    without_empty_groups,
+)
 
 
 class RefinementCheckpoints(Trainer):
     """The part of the trainer that saves and resumes.
 
     - A checkpoint holds the adapter (as PEFT saves it), the learnable border if there is
-      one, and the state needed to resume, all as safetensors or JSON; under DeepSpeed
-      and FSDP the optimiser's state is the engine's own.
-    - It appears whole or not at all: it is written beside the run and renamed, so a kill
-      during saving leaves the one before.
+      one, and the state needed to resume, all as safetensors or JSON, which any split over
+      processes can take up (see `split`); under FSDP the optimiser's state is the engine's
+      own.
+    - It appears whole or not at all: it is written beside the run, flushed to the disk and
+      renamed, so a kill or a power cut during saving leaves the one before. A list of its
+      files with their digests tells later whether it still is whole.
 
     Attributes:
         lazy_channels: channels left out of cosines, kept in every checkpoint.
+        asked: what the weights follow from, see `identity`; kept likewise.
         skipped: name -> reason of the images that could not be used.
         last_metrics: name -> last logged value of the loss and its parts.
         objective_type: class of the objective, which names its metrics; `refiner` walks
             through the model, too dear for every step.
     """
 
+    args: UniRefinerArguments
+    optimizer: Any
+    lr_scheduler: Any
     lazy_channels: list[int]
+    asked: dict[str, Any]
     skipped: dict[str, str]
     last_metrics: dict[str, float]
     objective_type: type[Objective]
     _is_staging = False
     _is_wrapped = False
+    _groups: list[list[str]]
 
     @property
     def refiner(self) -> Objective:
@@ -84,7 +110,7 @@ class RefinementCheckpoints(Trainer):
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
         if state.global_step < self.planned_steps():
             return False
-        self._check_shape_of_run(folder)
+        check_split(folder, self.args)
         load_adapter(self.refiner.model, folder)
         self.skipped.update(read_refiner_state(folder)["skipped"])
         self.state = state
@@ -123,19 +149,27 @@ class RefinementCheckpoints(Trainer):
         if failed:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(
-                f"{name} could not be written: {problem or 'another process failed'}. "
-                f"{self.last_good()} Free space in the output folder, then continue with "
-                "--resume."
-            ) from problem
+            raise self._unwritten(name, problem) from problem
         if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(staging / name, run / name)
+            try:
+                write_manifest(staging / name)
+                put_in_place(staging / name, run / name)
+            except OSError as error:
+                problem = self._unwritten(name, error)
             shutil.rmtree(staging, ignore_errors=True)
+        fail_together(problem)
+        if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run), save_total_limit=self.args.save_total_limit
             )
         wait_for_all()
+
+    def _unwritten(self, name: str, problem: Exception | None) -> CheckpointError:
+        return CheckpointError(
+            f"{name} could not be written: {problem or 'another process failed'}. "
+            f"{self.last_good()} Free space in the output folder, then continue with "
+            f"--resume {self.folder}."
+        )
 
     @property
     def is_sharded(self) -> bool:
@@ -175,37 +209,23 @@ class RefinementCheckpoints(Trainer):
             "lazy_channels": self.lazy_channels,
             "skipped": self.skipped,
             **self._shape_of_run(),
+            "asked": self.asked,
         }
         (folder / REFINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
 
     def _shape_of_run(self) -> dict[str, Any]:
         """What a checkpoint's state depends on beside the recipe."""
-        args = self.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps
-        kind = self.accelerator.distributed_type.value if self.is_sharded else "whole"
-        return {
-            "total_batch": batch * args.world_size,
-            "processes": args.world_size,
-            "state": f"{kind} ZeRO-{self._zero_stage}" if self._zero_stage else kind,
-        }
+        own = self.is_fsdp_enabled
+        if self._engine is not None:
+            own = not is_elementwise(self._engine)
+        kind = current_state(self.args) if own else "whole"
+        return {**Split.of(self.args).to_dict(), "state": kind}
 
     @property
     def _zero_stage(self) -> int:
         if not self.is_deepspeed_enabled:
             return 0
         return int(self.accelerator.state.deepspeed_plugin.zero_stage)
-
-    def _check_shape_of_run(self, folder: Path) -> None:
-        saved, now = read_refiner_state(folder), self._shape_of_run()
-        sharded = self.is_sharded or saved.get("state", "whole") != "whole"
-        for name in ("total_batch", "state", "processes"):
-            before = saved.get(name, now[name])
-            if before != now[name] and (sharded or name != "processes"):
-                raise CheckpointError(
-                    f"{folder.name} was written with {name} {before}, this run has "
-                    f"{now[name]}: launch with the same number of processes, batch and "
-                    "accumulation, and the same accelerate file."
-                )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -221,7 +241,7 @@ class RefinementCheckpoints(Trainer):
         self._is_wrapped = True
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
-            self._check_shape_of_run(folder)
+            check_split(folder, self.args)
             self._resume_stream(folder)
             self.skipped.update(read_refiner_state(folder)["skipped"])
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
@@ -229,49 +249,76 @@ class RefinementCheckpoints(Trainer):
                 max_steps, train_dataloader, resume_from_checkpoint
             )
         # The base would insist on the frozen weights, which checkpoints leave out.
+        folder = Path(resume_from_checkpoint)
+        load_adapter(self.refiner.model, folder)
+        weights = {
+            name: parameter.detach().float().cpu().clone()
+            for name, parameter in self.refiner.named_parameters()
+            if parameter.requires_grad
+        }
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if (folder / OPTIMIZER_STATE).is_file():
+            self._load_optimizer_and_scheduler(resume_from_checkpoint, weights)
+            return prepared
+        # A pickle; `check_split` has asked.
         loaded, _ = self._engine.load_checkpoint(
             resume_from_checkpoint, load_module_strict=False
         )
         if loaded is None:
-            raise CheckpointError(
-                f"{Path(resume_from_checkpoint).name} holds no DeepSpeed state."
-            )
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            raise CheckpointError(f"{folder.name} holds no state of the optimiser.")
+        self.lr_scheduler.load_state_dict(load_tree(folder / SCHEDULER_STATE))
         return prepared
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `Trainer`, without groups that no parameter is in, as under DeepSpeed."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            groups = optimizer.param_groups
+            groups[:] = [group for group in groups if group["params"]]
+            if self.is_deepspeed_enabled:
+                self._groups = names_by_group(optimizer, self.refiner)
+        return optimizer
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder, engine = Path(output_dir), self._engine
-        if engine is not None:
-            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        elif self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        if self.args.should_save:
-            for state, name in self._stateful:
-                save_tree(state.state_dict(), folder / name)
+        folder, engine = Path(output_dir), self._engine
+        state: dict[str, Any] | None = None
+        if engine is None:
+            state = self.optimizer.state_dict()
+        elif is_elementwise(engine):
+            state = gather_optimizer(engine, self._groups)
+        else:
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if not self.args.should_save:
+            return
+        save_tree(self.lr_scheduler.state_dict(), folder / SCHEDULER_STATE)
+        if state is not None:
+            save_tree(state, folder / OPTIMIZER_STATE)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(
+        self, checkpoint: str | None, weights: dict[str, Tensor] | None = None
+    ) -> None:
         if checkpoint is None:
             return
         if self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        for state, name in self._stateful:
-            state.load_state_dict(load_tree(Path(checkpoint) / name))
+        state = load_tree(Path(checkpoint) / OPTIMIZER_STATE)
+        schedule = load_tree(Path(checkpoint) / SCHEDULER_STATE)
+        without_empty_groups(state, schedule)
+        self.lr_scheduler.load_state_dict(schedule)
+        if self._engine is None:
+            self.optimizer.load_state_dict(state)
+        else:
+            restore_optimizer(self._engine, self._groups, state, weights or {})
 
     @property
     def _engine(self) -> Any:
         """DeepSpeed's engine, None without DeepSpeed."""
         return self.model_wrapped if self.is_deepspeed_enabled else None
-
-    @property
-    def _stateful(self) -> list[tuple[Any, str]]:
-        """What is saved beside the adapter; DeepSpeed keeps the optimiser's itself."""
-        scheduler = (self.lr_scheduler, SCHEDULER_STATE)
-        if self.is_deepspeed_enabled:
-            return [scheduler]
-        return [(self.optimizer, OPTIMIZER_STATE), scheduler]
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -296,10 +343,13 @@ class RefinementCheckpoints(Trainer):
     def _resume_stream(self, folder: Path) -> None:
         if not isinstance(self.train_dataset, RefinementStream):
             return
-        file = folder / stream_file(self.args.process_index)
-        if not file.is_file():
+        files = [folder / stream_file(0)]
+        while files[-1].is_file():
+            files.append(folder / stream_file(len(files)))
+        if len(files) == 1:
             raise CheckpointError(
-                f"{folder.name} has no {file.name}: it was written without --streaming, or "
-                "by fewer processes. Continue as it was started."
+                f"{folder.name} has no {files[0].name}: it was written without --streaming. "
+                "Continue as it was started."
             )
-        self.train_dataset.resume(json.loads(file.read_text()))
+        states = [json.loads(file.read_text()) for file in files[:-1]]
+        self.train_dataset.resume(states)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UniRefinerError
+
+PATIENCE = 2 * 3600
+"""Seconds that the others wait for one that loads or publishes."""
+_MEETINGS = itertools.count()
 
 
 class LaunchError(UniRefinerError):
@@ -49,6 +59,18 @@ def needs_gloo() -> bool:
     return announced_processes() > 1 and not torch.cuda.is_available()
 
 
+def connect_cpus(timeout: int) -> None:
+    """Connect DDP's processes on CPUs, where transformers would leave `ddp_timeout` unread.
+
+    Args:
+        timeout: seconds after which a process that does not answer is lost.
+    """
+    on_cpus = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    launched = on_cpus and "MASTER_ADDR" in os.environ and "RANK" in os.environ
+    if needs_gloo() and launched and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+
 def load_whole() -> None:
     """Let the next `from_pretrained` load whole weights under ZeRO-3 as well."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -63,9 +85,56 @@ def is_distributed() -> bool:
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Go on when every process is here.
+
+    Raises:
+        LostProcessError: one is gone.
+    """
     if is_distributed():
+        with _naming_the_lost():
+            dist.barrier()
+
+
+def wait_long_for_all() -> None:
+    """Go on when every process is here, though some work alone for long before.
+
+    Loading and publishing may take one process far longer than a step takes all: that must
+    not pass for a lost one, which `ddp_timeout` finds. It asks the launcher's store in
+    place of a collective, so that a store that is gone ends the wait at once.
+
+    Raises:
+        LostProcessError: one is gone, or did not come within `PATIENCE`.
+    """
+    if not is_distributed():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    name = f"unirefiner/meeting/{next(_MEETINGS)}"
+    processes, until = dist.get_world_size(), time.monotonic() + PATIENCE
+    with _naming_the_lost():
+        here = int(store.add(name, 1))
+        while here < processes:
+            if time.monotonic() > until:
+                raise LostProcessError(
+                    f"{processes - here} of {processes} processes did not come within "
+                    f"{PATIENCE // 3600} hours."
+                )
+            time.sleep(0.2)
+            here = int(store.add(name, 0))
         dist.barrier()
+
+
+@contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as problem:
+        if isinstance(problem, LostProcessError) or not lost_contact(problem):
+            raise
+        raise LostProcessError(
+            "Another process of the run is gone, or the link to it: start the same command "
+            "again, with --resume where there is a checkpoint. "
+            f"({' '.join(str(problem).split())[:200]})"
+        ) from problem
 
 
 def disconnect() -> None:
@@ -92,13 +161,35 @@ def gather_named(names: dict[str, str]) -> dict[str, str]:
     return {name: text for part in gathered for name, text in part.items()}
 
 
+def told_by_first(value: Any) -> Any:
+    """The first process's value, on all; to be called by every process."""
+    if not is_distributed():
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def fail_together(problem: Exception | None) -> None:
+    """Raise the first process's error on all of them, so that none waits for the others.
+
+    To be called by every process; the others give None.
+    """
+    told = told_by_first(problem if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if told is not None:
+        raise UniRefinerError(f"Process 0 stopped: {told}")
+
+
 def lost_contact(problem: Exception) -> bool:
     """Whether an error says that another process of the run is gone."""
     if not is_distributed():
         return False
     words = ("gloo", "nccl", "connection closed", "connection reset", "socket")
     text = str(problem).lower()
-    return isinstance(problem, dist.DistError) or any(word in text for word in words)
+    known = isinstance(problem, (dist.DistError, LostProcessError))
+    return known or any(word in text for word in words)
 
 
 def batch_seed(seed: int, position: int) -> int:

@@ -87,10 +87,32 @@ class TrainingOptions:
         default=0,
         metadata={"help": "Steps between PCA pictures in snapshots/. 0: none."},
     )
+    publish_pictures: bool = field(
+        default=False,
+        metadata={
+            "help": "With push_to_hub, publish before_after.png too: it shows images of the "
+            "training set."
+        },
+    )
     resume: bool = field(
         default=False,
         metadata={
             "help": "Continue the run in output_dir from its last checkpoint; with "
             "push_to_hub and none there, from the one on the Hub."
+        },
+    )
+    allow_pickled_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Let resume read an optimiser's state that DeepSpeed or FSDP pickled. A "
+            "pickle can run anything: only for checkpoints you wrote yourself. Never "
+            "fetched from the Hub."
+        },
+    )
+    ddp_timeout: int = field(
+        default=600,
+        metadata={
+            "help": "Seconds after which a process that does not answer is lost, and the run "
+            "ends with a message. A link may be cut for as long."
         },
     )

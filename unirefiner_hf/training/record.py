@@ -51,6 +51,7 @@ def started_record(trainer: UniRefinerTrainer) -> dict[str, Any]:
             "image_size": base.image_size,
             "final_norm": config.final_norm,
             "keep_text": base.text_side is not None,
+            "sha256": trainer.asked["base weights"].removeprefix("sha256 "),
             **model,
         },
         "data": {
@@ -80,6 +81,7 @@ def started_record(trainer: UniRefinerTrainer) -> dict[str, Any]:
             "distributed_type": trainer.accelerator.distributed_type.value,
             "hardware": _hardware(args.device),
         },
+        "asked": trainer.asked,
         "versions": {
             "unirefiner_hf": __version__,
             **{name: version(name) for name in PACKAGES},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ..methods.settings import MethodSettings
 from ..results import Result, Table
 from .arguments import UniRefinerArguments
 from .asked import asked
+from .asked_of_run import recipe_of_run
+from .fields import to_words
 from .recipe import Recipe
 from .trainer import RunError, UniRefinerTrainer
 
@@ -108,6 +111,7 @@ def refine(
     recipe: str | Path | Recipe | None = None,
     data: Any = None,
     processing_class: BaseImageProcessor | None = None,
+    resume: str | Path | bool | None = None,
     **fields: Any,
 ) -> Refined | None:
     """Refine a backbone and leave everything in ``args.output_dir``.
@@ -121,6 +125,10 @@ def refine(
             `UniRefinerTrainer`; where there is a recipe, they go over it.
         recipe: name or file of a recipe, or what `load_recipe` returned.
         data: another name of `train_dataset`, as recipes have it.
+        resume: folder of a run to go on with, which needs nothing else but what was in
+            memory (a model, images): its own record tells the rest. What is given beside
+            it has to be as it was, or change nothing of the weights. True: the run in
+            ``output_dir``, all else given again.
 
     Returns:
         What was left; None on the processes of a launch that do not write.
@@ -134,6 +142,11 @@ def refine(
         if train_dataset is not None:
             raise RunError("The images are given twice: as train_dataset and as data.")
         train_dataset = data
+    if isinstance(resume, bool):
+        fields["resume"] = resume
+    elif resume is not None:
+        recipe = _of_run(resume, recipe, args, method, fields)
+        args, method, fields = None, None, {}
     if recipe is not None:
         told = asked(recipe, args, method, fields)
         fields = {}
@@ -155,9 +168,37 @@ def refine(
         processing_class=processing_class,
         **fields,
     )
-    trainer.train()
-    trainer.save_model()
-    pushed = trainer.push_to_hub() if trainer.args.push_to_hub else None
+    with trainer.holding():
+        trainer.train()
+        trainer.save_model()
+        pushed = trainer.push_to_hub() if trainer.args.push_to_hub else None
     if not trainer.is_world_process_zero():
         return None
     return Refined(trainer.folder, trainer.record, pushed)
+
+
+def _of_run(
+    run: str | Path,
+    recipe: str | Path | Recipe | None,
+    args: UniRefinerArguments | None,
+    method: str | MethodSettings | None,
+    fields: Mapping[str, Any],
+) -> Recipe:
+    """The recipe of a run that goes on, with what is given beside it."""
+    for name, value, is_whole in (
+        ("args", args, args is not None),
+        ("recipe", recipe, isinstance(recipe, Recipe)),
+    ):
+        if is_whole:
+            raise RunError(
+                f"{name} is a {type(value).__name__}, and resume={str(run)!r} tells all of "
+                "it: give only what differs, as keywords."
+            )
+    given = dict(fields)
+    if isinstance(method, MethodSettings):
+        given |= {"method": method.name, **dataclasses.asdict(method)}
+    elif method is not None:
+        given["method"] = method
+    words = {name: to_words(value) for name, value in given.items()}
+    assert not isinstance(recipe, Recipe)
+    return recipe_of_run(run, words, recipe)

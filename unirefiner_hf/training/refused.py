@@ -28,7 +28,7 @@ REFUSED = {
     "fp16": _BFLOAT16,
     "fp16_full_eval": _BFLOAT16,
     "greater_is_better": _NOTHING,
-    "hub_revision": "checkpoints go to the main branch",
+    "hub_revision": "checkpoints go to the branch training, the finished model to main",
     "include_for_metrics": _NOTHING,
     "include_num_input_tokens_seen": _NO_TEXT,
     "label_names": _NO_LABELS,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,22 @@ from transformers.utils import logging
 
 from ..data.images import default_reference, load_rgb, preprocess
 from ..data.unlabelled import open_images, sample_images
+from ..export.holding import check_free
+from ..export.result_folder import check_run_folder, folder_of
 from ..export.run_folder import (
+    RESULTS,
     checkpoint_name,
     is_run,
+    is_trained,
     last_checkpoint_step,
+    read_record,
     read_refiner_state,
     recorded_method,
 )
-from ..hub.sync import fetch_last_checkpoint
-from ..loading.backbone import Backbone
+from ..export.whole import named_steps, newest_whole
+from ..hub.sync import check_publication, fetch_last_checkpoint
+from ..loading.adapter import CheckpointError
+from ..loading.backbone import Backbone, Model, public_name
 from ..loading.starter import starter_data
 from ..methods.objective import Objective, Surroundings
 from ..methods.settings import MethodSettings
@@ -28,6 +38,7 @@ from ..modeling.errors import UniRefinerError
 from ..spurious.lazy_channels import LazyChannels, find_lazy_channels
 from ..spurious.similarity import gather_tokens
 from .arguments import UniRefinerArguments
+from .distributed import fail_together, told_by_first
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +62,22 @@ def check_together(args: UniRefinerArguments) -> None:
             f"warmup_steps is {args.warmup_steps}, which final_lr_share "
             f"({args.final_lr_share}) does not go with: the rate falls from the first step."
         )
+
+
+def check_places(model: Model, args: UniRefinerArguments) -> None:
+    """Refuse, before anything is loaded, where results could not go at the end.
+
+    Raises:
+        ExportError: the run's folder holds what is not its own; see `check_run_folder`.
+        HubError: the run is to be published and could not be; see `check_publication`.
+    """
+    _by_first(args, _check_places, model, args)
+
+
+def _check_places(model: Model, args: UniRefinerArguments) -> None:
+    check_run_folder(Path(str(args.output_dir)), folder_of(model))
+    if args.push_to_hub:
+        check_publication(args, public_name(model), resume=bool(args.resume))
 
 
 def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
@@ -126,22 +153,102 @@ def use_one_gpu(args: UniRefinerArguments) -> None:
         args._n_gpu = 1
 
 
-def checkpoint_to_resume(run: Path, args: UniRefinerArguments) -> Path | None:
-    """The checkpoint to go on from; refuses a folder with a run that is not to go on."""
-    step = last_checkpoint_step(run) if run.is_dir() else None
-    if not args.resume:
-        if step is not None or is_run(run):
-            raise holds_a_run(run)
-        return None
-    if step is None and args.push_to_hub:
+def checkpoint_to_resume(
+    run: Path, args: UniRefinerArguments
+) -> tuple[Path | None, tuple[str, ...]]:
+    """The newest whole checkpoint to go on from, None at the start of a run.
+
+    Says which newer ones are passed over, and why; gives their names. The first process
+    looks, for all.
+
+    Raises:
+        RunError: the folder holds a run that is not to go on, or what no run left.
+        CheckpointError: none of its checkpoints is whole.
+        HeldError: another command is at work there.
+    """
+    _by_first(args, check_free, run, "refine")
+    if args.resume and args.push_to_hub and not named_steps(run):
         with args.main_process_first(desc="fetching the checkpoint"):
             if args.local_process_index == 0:
                 fetch_last_checkpoint(str(args.hub_model_id), run, args.hub_token)
-        step = last_checkpoint_step(run) if run.is_dir() else None
-    if step is None:
+    checkpoint, passed = _by_first(args, _look_for_checkpoint, run, args.resume)
+    for name, damage in passed.items():
+        logger.warning(
+            f"{name} is passed over: {damage}. Going on from {checkpoint.name}."
+        )
+    if checkpoint is None and args.resume:
         logger.warning(f"{run.name} holds no checkpoint: starting at step 0.")
-        return None
-    return run / checkpoint_name(step)
+    return checkpoint, tuple(passed)
+
+
+def _by_first(args: UniRefinerArguments, function: Callable, *given: Any) -> Any:
+    """What a function gives on the first process, on all; where it raises, all do."""
+    result: Any = None
+    problem: Exception | None = None
+    if not args.process_index:
+        try:
+            result = function(*given)
+        except (UniRefinerError, OSError) as error:
+            problem = error
+    fail_together(problem)
+    return told_by_first(result)
+
+
+def _look_for_checkpoint(run: Path, resume: bool) -> tuple[Path | None, dict[str, str]]:
+    if not resume or not named_steps(run):
+        check_not_taken(run)
+        return None, {}
+    checkpoint, passed = newest_whole(run)
+    if checkpoint is None:
+        told = "; ".join(f"{name}: {damage}" for name, damage in passed.items())
+        raise CheckpointError(
+            f"{run} holds no whole checkpoint to go on from ({told}). Put the files back, "
+            "or start again in another output_dir."
+        )
+    return checkpoint, passed
+
+
+def check_state(checkpoint: Path) -> None:
+    """Refuse a checkpoint of the adapter alone.
+
+    Raises:
+        CheckpointError: it holds no state of schedule and optimiser.
+    """
+    if not any(checkpoint.glob("scheduler.*")):
+        raise CheckpointError(
+            f"{checkpoint} holds the adapter alone, as save_only_model asks for, and "
+            "nothing to go on training from: merge it, or start again in another "
+            "output_dir."
+        )
+
+
+def set_aside(run: Path, names: Sequence[str]) -> None:
+    """Take damaged checkpoints out of the way, so that none counts as the newest."""
+    for name in names:
+        aside = run / f"damaged-{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(run / name, aside)
+        logger.warning(f"{name} is called {aside.name} from now on.")
+
+
+def check_not_taken(run: Path) -> None:
+    """Refuse a folder with anything in it that a new run would replace.
+
+    A start that failed before its first checkpoint leaves nothing to lose.
+
+    Raises:
+        RunError: says what is there.
+    """
+    if not run.is_dir():
+        return
+    if named_steps(run) or (is_run(run) and is_trained(read_record(run))):
+        raise holds_a_run(run)
+    there = [name for name in RESULTS if (run / name).exists()]
+    if there:
+        raise RunError(
+            f"{run} holds {there[0]}, which a run would replace, and no run that left it: "
+            "name another output_dir, or move it away."
+        )
 
 
 def check_method(checkpoint: Path | None, settings: MethodSettings) -> None:
@@ -159,8 +266,8 @@ def holds_a_run(run: Path) -> RunError:
     step = last_checkpoint_step(run)
     at = f", at {checkpoint_name(step)}" if step is not None else ""
     return RunError(
-        f"{run} already holds a run{at}: continue it with --resume (resume=True), or name "
-        "another output_dir."
+        f"{run} already holds a run{at}: continue it with --resume {run} (in Python "
+        f"resume={str(run)!r}), or name another output_dir."
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,12 @@ from ..data.streams import RefinementStream
 from ..data.unlabelled import sample_images
 from ..errors import UniRefinerError, as_users
 from ..export.card import card_from_record, render_card
-from ..export.checkpoint import is_ours
+from ..export.holding import HeldError, holding
 from ..export.merge import Merged, merge
+from ..export.result_folder import check_card
 from ..export.run_folder import (
     ADAPTER,
+    ASKED,
     CARD,
     EVALUATION,
     MERGED,
@@ -35,52 +40,71 @@ from ..export.run_folder import (
     PICTURE,
     RECORD,
     SNAPSHOTS,
+    STAGING,
     checkpoint_name,
     checkpoint_step,
-    checkpoint_steps,
     is_run,
+    is_trained,
     last_checkpoint_step,
     read_record,
 )
+from ..export.whole import damage, named_steps, newest_whole
 from ..hub.push import Pushed, push
 from ..hub.sync import HubSync
 from ..loading.adapter import CheckpointError
 from ..loading.backbone import Model
+from ..loading.base_digest import base_sha256
 from ..loading.float8 import check_float8, leave_float8
 from ..loading.quantized import check_device
 from ..methods.base import backbone_arguments, check_arguments, load_trainable
 from ..methods.settings import MethodSettings
 from ..modeling.modeling_unirefiner import UniRefinerModel
-from ..outputs import write_json, write_whole
+from ..outputs import put_in_place, write_json, write_whole
 from ..spurious.settings import FilterSettings
 from .arguments import UniRefinerArguments
+from .asked_of_run import (
+    all_asked,
+    check_same,
+    found_out,
+    identity,
+    recipe_of_run,
+)
 from .before_after import compare, figure
-from .callbacks import GracefulStop, RefinementProgress, Snapshots
+from .callbacks import GracefulStop, RefinementProgress, Snapshots, StepsAsAsked
 from .checkpoints import RefinementCheckpoints
 from .compiled import compile_layers
 from .distributed import (
     LostProcessError,
     batch_seed,
     check_launch,
+    fail_together,
     gather_named,
     highest,
     load_whole,
     lost_contact,
+    told_by_first,
     wait_for_all,
+    wait_long_for_all,
 )
 from .early import check_early
 from .finite import FiniteWeights, Rejections
+from .fields import to_words
 from .keywords import settle
 from .record import finished_record, metrics_of, started_record
+from .split import check_split
 from .start import (
     RunError,
     build_objective,
     check_method,
+    check_not_taken,
+    check_places,
+    check_state,
     check_together,
     checkpoint_to_resume,
     holds_a_run,
     open_unlabelled,
     reference_pixels,
+    set_aside,
     settle_lazy_channels,
     settle_stream,
     use_one_gpu,
@@ -165,6 +189,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         **fields: Any,
     ) -> None:
         args, settings = settle(args, method, fields)
+        self.asked = identity(args, settings)
         for name, value in (("model", model), ("train_dataset", train_dataset)):
             if value is None:
                 raise RunError(
@@ -175,10 +200,16 @@ class UniRefinerTrainer(RefinementCheckpoints):
         check_together(args)
         check_launch(args.world_size)
         use_one_gpu(args)
+        check_places(model, args)
         self.settings = settings
-        self.resumed = checkpoint_to_resume(Path(str(args.output_dir)), args)
+        run = Path(str(args.output_dir))
+        self.resumed, self._damaged = checkpoint_to_resume(run, args)
+        self._steps = named_steps(run)
+        if self.resumed is not None:
+            check_same(self.resumed, self.asked)
         check_method(self.resumed, settings)
-        wait_for_all()
+        if self.resumed is not None:
+            check_split(self.resumed, args)
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
             check_float8(args.device)
@@ -186,6 +217,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         set_seed(args.seed)
         load_whole()
         self._given = (model, processing_class)
+        self._asked = all_asked(model, train_dataset, args, settings)
         self.backbone = load_trainable(
             model,
             backbone_arguments(args),
@@ -199,6 +231,13 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 "needs one: look it up and set model_license."
             )
         images = open_unlabelled(train_dataset, self.backbone, args)
+        # Each has fetched and read at its own pace.
+        wait_long_for_all()
+        main = not args.process_index
+        base = told_by_first(base_sha256(self.backbone.model) if main else "")
+        self.asked |= found_out(base, images, args.reference_image)
+        if self.resumed is not None:
+            check_same(self.resumed, self.asked)
         self.report = images.report
         for name, reason in self.report.skipped.items():
             logger.warning(f"Left out {name}: {reason}")
@@ -208,6 +247,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             compile_layers(self.backbone.model)
         self.lazy_channels = settle_lazy_channels(objective, images, self.resumed)
         self.shown = sample_images(images, args.report_images)
+        wait_long_for_all()
         total_batch = args.train_batch_size * args.gradient_accumulation_steps
         self.total_batch = total_batch * args.world_size
         args.learning_rate = args.scaled_learning_rate(self.total_batch)
@@ -238,10 +278,43 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self._add_own_callbacks()
         self.record = started_record(self)
 
+    @classmethod
+    def from_run(
+        cls,
+        run: str | Path,
+        model: Model | None = None,
+        train_dataset: Any = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        *,
+        processing_class: BaseImageProcessor | None = None,
+        **fields: Any,
+    ) -> UniRefinerTrainer:
+        """A trainer that goes on with a run, as its own record tells.
+
+        Args:
+            run: its folder.
+            model, train_dataset: only where they were in memory, or lie elsewhere now.
+            fields: as they were, or of those that change nothing of the weights.
+
+        Raises:
+            RunFolderError: no run, or none that tells what it was asked.
+            OtherRunError: something differs; names what, as it was and as it is given.
+        """
+        told = recipe_of_run(run, {name: to_words(v) for name, v in fields.items()})
+        return cls(
+            told.model if model is None else model,
+            told.args,
+            told.train_dataset if train_dataset is None else train_dataset,
+            told.method,
+            callbacks,
+            processing_class=processing_class,
+        )
+
     def _add_own_callbacks(self) -> None:
         args, model = self.args, self.backbone.model
         self.graceful_stop = GracefulStop(lambda n: highest(n, self.args.device))
         self.add_callback(self.graceful_stop)
+        self.add_callback(StepsAsAsked())
         self.add_callback(FiniteWeights(self.last_good))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -274,27 +347,52 @@ class UniRefinerTrainer(RefinementCheckpoints):
         Raises:
             RunError: it was called before, the folder holds a run by now, or a checkpoint of
                 another folder.
+            HeldError: another command is at work in the folder.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint was left.
             LostProcessError: another process of the run is gone.
             NonFiniteLossError, CheckpointError, ImageError: see there.
         """
         if kwargs:
             raise RunError(f"train() takes no {next(iter(kwargs))}: leave it out.")
-        checkpoint = self._checkpoint(resume_from_checkpoint)
-        self._started = True
-        wait_for_all()
-        if self.is_world_process_zero():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / RECORD, {**self.record, "finished": False})
-        started = time.monotonic()
-        output = self._run(checkpoint)
-        self._finish(time.monotonic() - started, checkpoint)
-        wait_for_all()
+        with self.holding(), self._naming_the_lost():
+            checkpoint = self._checkpoint(resume_from_checkpoint)
+            self._started = True
+            wait_for_all()
+            if self.is_world_process_zero():
+                set_aside(self.folder, self._damaged)
+                write_json(self.folder / ASKED, self._asked)
+                write_json(self.folder / RECORD, {**self.record, "finished": False})
+            self._damaged = ()
+            started = time.monotonic()
+            output = self._run(checkpoint)
+            # One may have uploads to finish.
+            wait_long_for_all()
+            self._finish(time.monotonic() - started, checkpoint)
+            wait_for_all()
         return output
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep other commands out of the run's folder; `train` and `save_model` do.
+
+        To be called on every process; the first holds.
+
+        Raises:
+            HeldError: another command is at work there; names which.
+        """
+        with ExitStack() as stack:
+            problem = None
+            if self.is_world_process_zero():
+                try:
+                    stack.enter_context(holding(self.folder, "refine"))
+                except HeldError as held:
+                    problem = held
+            fail_together(problem)
+            yield
 
     def _checkpoint(self, asked: bool | str | Path | None) -> Path | None:
         """Where to resume; refuses to start over, or in a folder that was filled meanwhile."""
-        steps = checkpoint_steps(self.folder)
+        steps = named_steps(self.folder)
         if isinstance(asked, (str, Path)):
             folder = Path(asked).absolute()
             inside = folder.parent == self.folder.absolute()
@@ -303,9 +401,14 @@ class UniRefinerTrainer(RefinementCheckpoints):
                     f"resume_from_checkpoint is {asked}, which is no checkpoint-N of this "
                     f"run in {self.folder}."
                 )
+            problem = damage(folder)
+            if problem is not None:
+                raise CheckpointError(f"{folder} is not whole: {problem}.")
             return folder
         if asked and steps:
-            return self.folder / checkpoint_name(steps[-1])
+            newest, passed = newest_whole(self.folder)
+            self._damaged = tuple(passed)
+            return newest
         if self._started:
             raise RunError(
                 "train() was called before, and the weights are no longer those of the "
@@ -318,10 +421,10 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 "resume_from_checkpoint is False, and resume of the arguments is true: "
                 "leave one of them out."
             )
-        before = [] if self.resumed is None else [checkpoint_step(self.resumed)]
-        filled = is_run(self.folder) and not self.args.resume
-        if filled or steps[-1:] != before:
+        if steps != self._steps:
             raise holds_a_run(self.folder)
+        if self.resumed is None:
+            check_not_taken(self.folder)
         return self.resumed
 
     def _run(self, checkpoint: Path | None) -> TrainOutput:
@@ -330,37 +433,48 @@ class UniRefinerTrainer(RefinementCheckpoints):
         # The order of the images follows the generator, which may have served since.
         set_seed(self.args.seed)
         with self.graceful_stop.watching():
-            try:
-                if checkpoint is not None and self.restore_finished(checkpoint):
-                    step = self.state.global_step
-                    output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
-                else:
-                    resume = str(checkpoint) if checkpoint else None
-                    output = super().train(resume_from_checkpoint=resume)
-            except Exception as problem:
-                if isinstance(problem, CheckpointError) or not lost_contact(problem):
-                    raise
-                raise self._lost(problem) from problem
+            if checkpoint is not None and self.restore_finished(checkpoint):
+                step = self.state.global_step
+                output = TrainOutput(step, self.last_metrics.get("loss", 0.0), {})
+            else:
+                if checkpoint is not None:
+                    check_state(checkpoint)
+                resume = str(checkpoint) if checkpoint else None
+                output = super().train(resume_from_checkpoint=resume)
         if self.graceful_stop.received is not None:
             name = checkpoint_name(last_checkpoint_step(self.folder) or 0)
             raise Interrupted(
                 f"Stopped by {self.graceful_stop.received}; {name} was left. Continue with "
-                "--resume."
+                f"--resume {self.folder}."
             )
         return output
 
-    def _lost(self, problem: Exception) -> LostProcessError:
-        step = last_checkpoint_step(self.folder)
-        left = "There is no checkpoint yet."
-        if step is not None:
-            left = f"{checkpoint_name(step)} is left."
-        how = "Start again" if step is None else "Continue with --resume"
-        reason = " ".join(str(problem).split())[:200]
-        return LostProcessError(
-            f"Process {self.args.process_index} lost contact with another after step "
-            f"{self.state.global_step}: it was killed or its machine is gone. {left} {how}, "
-            f"on as many processes. ({reason})"
-        )
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Say of an error in talking to another process what it means, and how to go on.
+
+        Raises:
+            LostProcessError: in its place.
+        """
+        try:
+            yield
+        except Exception as problem:
+            if isinstance(problem, CheckpointError) or not lost_contact(problem):
+                raise
+            step = last_checkpoint_step(self.folder)
+            how = "There is no checkpoint yet. Start again with the same command."
+            if step is not None:
+                how = (
+                    f"{checkpoint_name(step)} is left. Launch again as before, with "
+                    f"'refine --resume {self.folder}'; or on other machines and processes, "
+                    f"with the accumulation that makes {self.total_batch} images a step."
+                )
+            reason = " ".join(str(problem).split())[:200]
+            raise LostProcessError(
+                f"Process {self.args.process_index} lost contact with another after step "
+                f"{self.state.global_step}: it was killed, or its machine or the link to it "
+                f"is gone. {how} ({reason})"
+            ) from problem
 
     def _finish(self, seconds: float, checkpoint: Path | None) -> None:
         """Adapter, comparison, picture and record.
@@ -379,7 +493,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         model.config.register_width = width
         resumed = checkpoint is not None
         self.record = finished_record(self, losses, skipped, seconds, resumed)
-        self.save_adapter(self.folder / ADAPTER)
+        self._replace_adapter()
         comparison = None
         if self.shown:
             device, mask = self.args.device, self.refiner.channel_mask
@@ -395,16 +509,27 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if comparison is not None:
             mean, std = self.backbone.mean, self.backbone.std
             pictures = [denormalise(pixels, mean, std) for pixels in self.shown]
-            figure(comparison, pictures).save(self.folder / PICTURE)
+            drawn = BytesIO()
+            figure(comparison, pictures).save(drawn, format="PNG")
+            write_whole(self.folder / PICTURE, drawn.getvalue())
         if checkpoint is None or checkpoint_step(checkpoint) != self.state.global_step:
             # What was measured of an earlier end of this run is not true of this one.
             (self.folder / MERGED / EVALUATION).unlink(missing_ok=True)
         write_json(self.folder / METRICS, metrics_of(self))
-        write_json(self.folder / RECORD, {**self.record, "finished": True})
+        self.record["trained"] = True
+        write_json(self.folder / RECORD, {**self.record, "finished": False})
         if skipped:
             logger.warning(
                 f"{len(skipped)} images could not be used; {RECORD} names each and why."
             )
+
+    def _replace_adapter(self) -> None:
+        """The adapter in the run's folder, whole; to be called on every process."""
+        staging = self.folder / STAGING
+        self.save_adapter(staging / ADAPTER)
+        if self.args.should_save:
+            put_in_place(staging / ADAPTER, self.folder / ADAPTER)
+            shutil.rmtree(staging, ignore_errors=True)
 
     def save_model(  # type: ignore[override]
         self, output_dir: str | Path | None = None, _internal_call: bool = False
@@ -427,14 +552,15 @@ class UniRefinerTrainer(RefinementCheckpoints):
             return super().save_model(None if output_dir is None else str(output_dir))
         self._check_finished("save_model")
         merged = None
-        if self.is_world_process_zero():
-            load_whole()
-            folder = Path(output_dir) if output_dir else self.folder / MERGED
-            merged = merge(
-                self.folder, folder, overwrite=is_ours(folder), **self._source()
-            )
-            logger.info(f"The refined model is in {folder}.")
-        wait_for_all()
+        with self.holding():
+            if self.is_world_process_zero():
+                load_whole()
+                folder = Path(output_dir) if output_dir else self.folder / MERGED
+                merged = merge(self.folder, folder, overwrite=True, **self._source())
+                record = read_record(self.folder)
+                write_json(self.folder / RECORD, {**record, "finished": True})
+                logger.info(f"The refined model is in {folder}.")
+            wait_long_for_all()
         return merged
 
     def push_to_hub(  # type: ignore[override]
@@ -459,9 +585,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
             load_whole()
             options.setdefault("private", bool(self.args.hub_private_repo))
             options.setdefault("token", self.args.hub_token)
+            options.setdefault("pictures", self.args.publish_pictures)
             pushed = push(self.folder, repo_id, **{**self._source(), **options})
             logger.info(f"The refined model is at {pushed.url}.")
-        wait_for_all()
+            for note in pushed.notes:
+                logger.warning(note)
+        wait_long_for_all()
         return pushed
 
     def create_model_card(  # type: ignore[override]
@@ -475,6 +604,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
         Raises:
             RunError: nothing is trained yet.
+            ExportError: there is another's card.
         """
         self._check_finished("create_model_card")
         folder = self.folder if output_dir is None else Path(output_dir)
@@ -482,11 +612,11 @@ class UniRefinerTrainer(RefinementCheckpoints):
             folder.mkdir(parents=True, exist_ok=True)
             shown = [PICTURE] if (folder / PICTURE).is_file() else []
             card = card_from_record(read_record(self.folder), repo_id=repo_id)
-            write_whole(folder / CARD, render_card(card, shown))
+            write_whole(check_card(folder / CARD), render_card(card, shown))
         return folder / CARD
 
     def _check_finished(self, asked: str) -> None:
-        if not (is_run(self.folder) and read_record(self.folder).get("finished")):
+        if not (is_run(self.folder) and is_trained(read_record(self.folder))):
             raise RunError(f"{asked}: nothing is trained yet. Call train() first.")
 
     def _source(self) -> dict[str, Any]:
@@ -535,6 +665,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if not isinstance(stream, RefinementStream):
             return super().get_train_dataloader()
         stream.endless = True
+        stream.batch = self.args.train_batch_size
         self.args.ignore_data_skip = True
         args = self.args
         workers = min(args.dataloader_num_workers, stream.shards)

@@ -63,7 +63,10 @@ def test_pickled_weights_are_not_read(hub, refine, tower, tmp_path):
     weights = pickle.dumps({"weights": Payload(mark)})
     del tower["model.safetensors"]
     hub.create(EVIL, {**tower, "pytorch_model.bin": weights})
-    assert "safetensors" in refused(refine())
+    line = refused(refine())
+    assert (
+        f"{EVIL} holds no safetensors, and pickled weights (pytorch_model.bin)" in line
+    )
     assert not mark.exists()
     pickle.loads(weights)
     assert mark.exists()
@@ -98,3 +101,32 @@ def test_a_card_is_text_and_no_template(hub, verbs, run, tmp_path):
     done = verbs("merge", run[0], "--output", str(out), *run[2:])
     assert done.returncode == 0
     assert "{{ 6 * 7 }}" in (out / "README.md").read_text()
+
+
+def shards(mark):
+    index = {"weight_map": {"w": "pytorch_model.bin"}, "metadata": {}}
+    return {
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "pytorch_model.bin": pickle.dumps({"weights": Payload(mark)}),
+    }
+
+
+def beside(mark):
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["query"]}
+    return {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.bin": pickle.dumps({"weights": Payload(mark)}),
+    }
+
+
+@pytest.mark.parametrize(
+    "door, told",
+    [(shards, "names 'pytorch_model.bin'"), (beside, "holds an adapter")],
+)
+def test_no_pickle_of_a_repository_is_fetched(hub, refine, tower, tmp_path, door, told):
+    del tower["model.safetensors"]
+    hub.create(EVIL, {**tower, **door(tmp_path / "mark")})
+    assert told in refused(refine())
+    assert (
+        not hub.count("GET", r"/resolve/.*\.bin") and not (tmp_path / "mark").exists()
+    )

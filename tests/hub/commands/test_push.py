@@ -68,7 +68,7 @@ def test_a_run_is_published_and_used(hub, push, client_env, tmp_path):
     assert f"/{REPO} (public), commit" in said and "tag v0.1.0" in said
 
     files = hub.files(REPO)
-    expected = {"README.md", "config.json", "model.safetensors", "before_after.png"}
+    expected = {"README.md", "config.json", "model.safetensors"}
     expected |= {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
     expected |= {"preprocessor_config.json", "modeling_unirefiner.py", ".gitattributes"}
     assert expected <= files.keys()
@@ -229,11 +229,9 @@ def test_what_another_hand_made_is_not_overwritten(hub, push, verbs):
     assert "2 files" in line or "3 files" in line
     assert "--force" in line
     assert thesis.items() <= hub.files(REPO).items()
-    succeed(push("--force"))
-    assert hub.files(REPO)["pytorch_model.bin"] == b"\0weights"
-    # The file that stayed is no part of what was published.
-    done = verbs("verify", REPO, token=ALICE)
-    assert done.returncode == 1 and "UNLISTED  pytorch_model.bin" in done.stdout
+    assert "Removed: pytorch_model.bin." in succeed(push("--force"))
+    assert "pytorch_model.bin" not in hub.files(REPO)
+    assert "as published" in succeed(verbs("verify", REPO, token=ALICE))
 
 
 def test_a_model_of_another_base_is_not_overwritten(hub, push, run):
@@ -373,12 +371,26 @@ def test_a_change_by_somebody_else_is_not_buried(hub, verbs, run):
 
 def test_a_flipped_byte_is_found(hub, push, verbs):
     succeed(push())
-    assert "2 weight files are as published" in succeed(verbs("verify", REPO))
+    assert " files are as published" in succeed(verbs("verify", REPO))
     hub.flip_byte(REPO, "model.safetensors")
     # What was downloaded before is right, until it is fetched anew.
     succeed(verbs("verify", REPO))
     done = verbs("verify", REPO, "--force-download")
     assert done.returncode == 1 and "WRONG     model.safetensors" in done.stdout
+
+
+def test_two_pushes_of_one_run_do_not_meet(hub, verbs, push, run):
+    hold = hub.hold("", "PUT")
+    first = verbs.start("push", *run, token=ALICE)
+    hold.wait(120)
+    built = {f: f.read_bytes() for f in Path(run[0], "published").rglob("*.*")}
+    line = refused(push("--tag=v2"))
+    assert "is in use by push (process" in line
+    assert built == {f: f.read_bytes() for f in built}
+    hub.release()
+    succeed(first.wait())
+    assert "Nothing to upload" in succeed(push())
+    assert len(hub.commits(REPO)) == 2
 
 
 def test_a_missing_weight_file_is_found(hub, push, verbs, client_env):

@@ -118,12 +118,14 @@ def command(
     proved: bool = False,
     sleepless: bool = False,
     cwd: str | None = None,
+    who: str | None = None,
 ) -> None:
     """One command line, in the forked process.
 
     Args:
         proved: do compare the reloaded folder with the trained model (costs seconds).
         sleepless: waits are cut to 10 ms.
+        who: a name for the user, the home folder and the machine.
     """
     for name, number in (("out", 1), ("err", 2)):
         stream = open(Path(folder) / name, "wb", buffering=0)
@@ -134,6 +136,10 @@ def command(
     os.environ.pop("HF_HUB_OFFLINE", None)
     if cwd is not None:
         os.chdir(cwd)
+    if who is not None:
+        named = dict.fromkeys(("USER", "LOGNAME", "USERNAME", "HOSTNAME"), who)
+        os.environ.update(named, HOME=f"/home/{who}")
+        socket.gethostname = lambda: who
     from unirefiner_hf.cli import main
     from unirefiner_hf.export.reload_check import ReloadReport
     from unirefiner_hf.hub import push
