@@ -101,6 +101,19 @@ def told(capsys, words: list[str], place: Place) -> tuple[int, str, str]:
     return status, out.replace(str(place.root), ""), err
 
 
+RIGHT: dict[str, tuple[int, str]] = {}
+"""Command -> what it gives where nothing is damaged."""
+
+
+def undamaged(sound: Place, capsys, words: list[str], place: Place) -> tuple[int, str]:
+    """What a command gives where nothing is damaged, run once."""
+    moved = [word.replace(str(place.root), str(sound.root)) for word in words]
+    key = " ".join(moved)
+    if key not in RIGHT:
+        RIGHT[key] = told(capsys, moved, sound)[:2]
+    return RIGHT[key]
+
+
 def check(sound: Place, capsys, tmp_path: Path, damaged: str, commands: Any) -> None:
     """Run commands over every damage of one file.
 
@@ -112,15 +125,11 @@ def check(sound: Place, capsys, tmp_path: Path, damaged: str, commands: Any) -> 
     if damaged.endswith(".json"):
         kinds |= JSON_DAMAGES
     place = Place(tmp_path / "place")
-    shutil.copytree(sound.root, place.root)
-    right = [told(capsys, words, place) for words in commands(place)]
-    assert all(status in (0, 1) for status, _, _ in right), right
     for name, damage in kinds.items():
-        for number, (status, out, _) in enumerate(right):
-            shutil.rmtree(place.root)
-            shutil.copytree(sound.root, place.root)
-            damage(place.root / damaged)
-            words = commands(place)[number]
+        shutil.rmtree(place.root, ignore_errors=True)
+        shutil.copytree(sound.root, place.root)
+        damage(place.root / damaged)
+        for words in commands(place):
             now, result, err = told(capsys, words, place)
             what = f"{words[0]} with {damaged} {name}: {now}, {err[-500:]!r}"
             if now == 2:
@@ -130,7 +139,7 @@ def check(sound: Place, capsys, tmp_path: Path, damaged: str, commands: Any) -> 
                 assert Path(damaged).name in last or f"/{folder}" in last, what
                 assert "Traceback" not in err, what
             elif now != 1 or words[0] != "verify":
-                assert (now, result) == (status, out), what
+                assert (now, result) == undamaged(sound, capsys, words, place), what
 
 
 BASE = ("config.json", "model.safetensors", "preprocessor_config.json")
@@ -155,12 +164,9 @@ def test_a_base(file, sound, capsys, tmp_path):
 def test_a_merged_folder(file, sound, capsys, tmp_path):
     def commands(place: Place) -> list[list[str]]:
         merged = place.run / "merged"
-        return [
-            place.diagnose(merged),
-            place.compare(merged),
-            place.evaluate(merged),
-            place.refine(merged),
-        ]
+        if file not in BASE:  # for readers, and for those without this package
+            return [place.compare(merged)]
+        return [place.diagnose(merged), place.evaluate(merged), place.refine(merged)]
 
     check(sound, capsys, tmp_path, f"run/merged/{file}", commands)
 
@@ -189,6 +195,8 @@ def test_a_run(file, sound, capsys, tmp_path):
         pytest.skip(f"this run has no {file}")
 
     def commands(place: Place) -> list[list[str]]:
+        if file.startswith("adapter"):
+            return [place.merge(place.run)]
         return [place.merge(place.run), place.evaluate(place.run)]
 
     check(sound, capsys, tmp_path, f"run/{file}", commands)
