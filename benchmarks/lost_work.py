@@ -8,8 +8,8 @@ ones. Every run is a process of its own, forked from one that has done the impor
 - **kills**: SIGKILL, half of them at a random time, half at a random write below the run's
   folder. After each, every checkpoint is whole and the record is true; then the run goes on
   (and may be killed again), by ``resume`` alone where it has left its record.
-- **cuts**: the run's disk, a loop-mounted ext4 file system, is copied at a random time
-  (`benchmarks.loop_disk`), mounted, checked in the same way, and the run goes on there. Of
+- **cuts**: the run's disk, a loop-mounted ext4 file system, is copied at a random time or
+  write (`benchmarks.loop_disk`), mounted, checked in the same way, and the run goes on there. Of
   the checkpoints that were there at that time, no more than the newest may be missing.
 - **pairs**: two runs of different seeds start in one folder, a random time apart. One ends,
   the other says who is there.
@@ -166,10 +166,15 @@ def start(work: Callable[[], Any], log: Path) -> int:
 
 
 def end(process: int, seconds: float = TIMEOUT) -> int | None:
-    """Wait for a process; its exit status, negative for a signal, None at a timeout."""
+    """Wait for a process; its exit status, negative for a signal.
+
+    None where it stops itself, or the time is over.
+    """
     until = time.monotonic() + seconds
     while True:
-        done, status = os.waitpid(process, os.WNOHANG)
+        done, status = os.waitpid(process, os.WNOHANG | os.WUNTRACED)
+        if done and os.WIFSTOPPED(status):
+            return None
         if done:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > until:
@@ -199,8 +204,8 @@ def prepare(folder: Path) -> Work:
     return Work(folder, work.ends, seconds, int(counts.read_text()))
 
 
-def watch_writes(run: Path, last: int | None) -> list[int]:
-    """Count what this process is about to write below a folder; die at one of them."""
+def watch_writes(run: Path, last: int | None, blow: int = signal.SIGKILL) -> list[int]:
+    """Count what this process is about to write below a folder; at one, send a signal."""
     count = [0]
     below = str(run)
 
@@ -211,7 +216,7 @@ def watch_writes(run: Path, last: int | None) -> list[int]:
             return
         count[0] += 1
         if count[0] == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), blow)
 
     sys.addaudithook(hook)
     return count
@@ -324,8 +329,17 @@ def cut_power(work: Work, count: int, chance: random.Random) -> Tally:
     while tally.tried < count:
         with mounted(disk, work.folder / "disk") as place:
             run = place / "run"
-            process = start(partial(work.go_on, run), log)
-            status = end(process, chance.uniform(0.1, 1.1) * work.seconds)
+            at_write = (
+                chance.randrange(1, work.writes) if chance.random() < 0.5 else None
+            )
+            after = chance.uniform(0.1, 1.1) * work.seconds
+
+            def life(run: Path = run, last: int | None = at_write) -> None:
+                watch_writes(run, last, signal.SIGSTOP)
+                work.go_on(run)
+
+            process = start(life, log)
+            status = end(process, TIMEOUT if at_write else after)
             if status is None:
                 os.kill(process, signal.SIGSTOP)
             copy_of_a_moment(disk, copy)

@@ -50,6 +50,21 @@ def test_who_holds_a_run_is_named_and_a_killed_one_lets_go(tmp_path, held):
     assert not (tmp_path / locks.HOLDER).exists()
 
 
+def test_a_holder_that_has_not_said_its_name_yet_is_waited_for(tmp_path, held):
+    """It has the lock, and is about to write who it is; a dead one's name is still there."""
+    said = (tmp_path / locks.HOLDER).read_text()
+    dead = {**json.loads(said), "pid": 2**22 + 1}
+    for before in (None, json.dumps(dead)):
+        (tmp_path / locks.HOLDER).unlink()
+        if before is not None:
+            (tmp_path / locks.HOLDER).write_text(before)
+        late = threading.Timer(0.3, (tmp_path / locks.HOLDER).write_text, [said])
+        late.start()
+        with pytest.raises(HeldError, match=rf"refine \(process {held.pid} on"):
+            check_free(tmp_path, "push")
+        late.join()
+
+
 def test_a_lock_is_its_threads(tmp_path):
     refused = []
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -23,7 +24,7 @@ logger = logging.get_logger(__name__)
 LOCK, HOLDER = ".lock", ".holder.json"
 """In a run: what is locked, and who holds it while somebody does."""
 PATIENCE = 15.0
-"""Seconds until the system has let go of the lock of a process that was killed."""
+"""Seconds in which a lock without a living holder gets one, or is let go."""
 
 UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What a file system answers that knows no locks."""
@@ -93,22 +94,25 @@ def check_free(run: str | os.PathLike[str], command: str) -> None:
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
-    try:
-        lock.acquire(timeout=0)
-        return
-    except Timeout:
-        holder = _holder(folder)
-    if _is_gone(holder):
+    """Take the lock, or say who has it.
+
+    Between taking it and saying so a holder is unknown, and of a killed one, workers that
+    read its images let go a moment later: both are waited for.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
         try:
-            # Workers that read its images let go of it a moment later.
-            lock.acquire(timeout=PATIENCE, poll_interval=0.1)
+            lock.acquire(timeout=0)
             return
         except Timeout:
             holder = _holder(folder)
-    raise HeldError(
-        f"{folder} is in use by {_named(holder)}. Wait for it or stop it, or name another "
-        "folder."
-    )
+        known = bool(holder) and not _is_gone(holder)
+        if known or time.monotonic() > until:
+            raise HeldError(
+                f"{folder} is in use by {_named(holder)}. Wait for it or stop it, or name "
+                "another folder."
+            )
+        time.sleep(0.05)
 
 
 def _this_process(command: str) -> dict[str, str | int]:
