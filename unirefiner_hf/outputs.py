@@ -24,6 +24,8 @@ UNFINISHED = ".unfinished"
 """End of the name of what is being written; its start is a dot."""
 REPLACED = ".replaced"
 """End of the name of a folder on its way out."""
+RECORD = "run.json"
+"""In a run's folder, its own account; what tells the folder of a run from any other."""
 
 
 class OutputError(UniRefinerError):

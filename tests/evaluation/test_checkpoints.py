@@ -126,7 +126,7 @@ def test_models_in_memory(refined, tower_folder, tmp_path):
     found = load_checkpoint(model)
     assert found.model is model and found.folder is None
     assert (found.name, found.method) == (from_disk.name, from_disk.method)
-    assert (found.mean, found.register_width) == (from_disk.mean, 1)
+    assert (found.reading, found.register_width) == (from_disk.reading, 1)
     bare = UniRefinerModel.from_tower(
         AutoModel.from_pretrained(tower_folder), register_width=0
     )
@@ -139,7 +139,7 @@ def test_models_in_memory(refined, tower_folder, tmp_path):
         str(tower_folder),
     ):
         found = load_checkpoint(bare, processing_class=processor)
-        assert (found.method, found.mean) == (None, from_disk.mean)
+        assert (found.method, found.reading) == (None, from_disk.reading)
     assert load_checkpoint(found) is found
 
 

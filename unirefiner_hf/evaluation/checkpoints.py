@@ -14,9 +14,11 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..data.pixels import PixelReading
 from ..export.card import written_method
 from ..export.run_folder import MERGED, is_run, recorded_method
-from ..loading.backbone import load_processor, normalisation, takes_final_norm
+from ..loading.backbone import takes_final_norm
+from ..loading.processor import load_processor, pixel_reading
 from ..loading.starter import NAME as STARTER
 from ..loading.starter import starter_tower
 from ..methods.registry import current_name, guessed_name, is_control, title_of
@@ -42,7 +44,7 @@ class Checkpoint:
     Attributes:
         name: how tables call it.
         model: in eval mode while it is measured.
-        mean, std: of each channel, as its image processor normalises.
+        reading: of pixels, as its image processor says.
         register_width: border of register patches it is measured with.
         folder: where its ``evaluation.json`` goes; None for a Hub id or a model in memory.
         method: that made it, as its config or its run says, such as ``unirefiner`` or
@@ -54,8 +56,7 @@ class Checkpoint:
 
     name: str
     model: UniRefinerModel
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    reading: PixelReading
     register_width: int
     folder: Path | None = None
     method: str | None = None
@@ -270,7 +271,7 @@ def load_checkpoint(
     Raises:
         CheckpointMismatchError: a folder without a model, or an object of another kind.
         RunFolderError: the record of a run beside the model cannot be read.
-        BackboneError: no image processor, or one that states no normalisation.
+        ProcessorError: no image processor, or one that cannot be followed.
         UniRefinerError: a name that is neither here nor on the Hub, or an unsupported
             backbone.
     """
@@ -302,12 +303,13 @@ def load_checkpoint(
         short = title_of(method)
     if method is None and config.model_type == UniRefinerConfig.model_type:
         method = guessed_name(model.config.num_register_tokens)
-    mean, std = normalisation(load_processor(location, **options), str(source))
+    reading = pixel_reading(
+        load_processor(location, **options), model.config.vision_config, name or short
+    )
     return Checkpoint(
         name=name or short,
         model=_moved(model, device),
-        mean=mean,
-        std=std,
+        reading=reading,
         register_width=width,
         folder=folder,
         method=method,
@@ -365,8 +367,8 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
                 f"There is no image processor at {processor or origin}: give "
                 f"processing_class. ({problem})"
             ) from problem
-    mean, std = normalisation(processor, "the model in memory")
     config = model.config
+    reading = pixel_reading(processor, config.vision_config, "the model in memory")
     method = _method(config, None)
     if method is None and (config.num_register_tokens or config.register_width):
         method = guessed_name(config.num_register_tokens)
@@ -375,8 +377,7 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
         or Path(origin).name
         or ("base" if method is None else title_of(method)),
         model=model,
-        mean=mean,
-        std=std,
+        reading=reading,
         register_width=config.register_width,
         method=method,
     )

@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..data.images import default_reference, preprocess
+from ..data.images import default_reference
 from ..data.labelled import ClassLabels, LabelledImages
 from ..modeling.errors import UniRefinerError
 from ..spurious.diagnose import Diagnosis, Yardstick, diagnose
@@ -142,7 +142,7 @@ def measure_cleanliness(
     side, device = checkpoint.side(size), checkpoint.model.device
 
     def pixels(image: Image.Image) -> Tensor:
-        return preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
+        return checkpoint.reading(image, (side, side))
 
     reference = pixels(default_reference())[None].to(device)
     found = _Collected()
@@ -220,8 +220,7 @@ def shift_residual(checkpoint: Checkpoint, image: Image.Image, size: int) -> Ten
     """
     patch, side = checkpoint.patch_size, checkpoint.side(size)
     large = side + 2 * patch
-    mean, std = checkpoint.mean, checkpoint.std
-    pixels = preprocess(image, (large, large), mean, std)
+    pixels = checkpoint.reading(image, (large, large))
     places = [(0, 0), *SHIFTS]
     views = [
         pixels[:, r * patch : r * patch + side, c * patch : c * patch + side]
@@ -325,7 +324,7 @@ def knn_retrieval(
     for number in range(len(images)):
         image, values = images.pair(number)
         values = classes.read(values, images.names[number])
-        pixels = preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
+        pixels = checkpoint.reading(image, (side, side))
         found = checkpoint.feature_map(pixels[None].to(device))[0]
         labels = resize_labels(values, (found.shape[1], found.shape[2]))
         measured.append(metric.measure(found.flatten(1).T, labels.flatten()))

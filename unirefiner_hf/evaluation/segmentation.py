@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data.images import preprocess
 from ..data.labelled import IGNORE, ClassLabels, LabelError, LabelledImages
 from ..modeling.files import check_finite
 from .augment import CropSettings, normalised, resize_labels, training_crop
@@ -325,7 +324,7 @@ def cache_tokens(
         image, values = images.pair(number)
         whole.append(classes.read(values, images.names[number]))
         size2 = (size, size)
-        pixels.append(preprocess(image, size2, checkpoint.mean, checkpoint.std))
+        pixels.append(checkpoint.reading(image, size2))
         if len(pixels) == batch:
             encode()
     encode()
@@ -408,7 +407,7 @@ class _Crops(Dataset):
         count: int,
     ) -> None:
         self.images, self.classes, self.crops = images, classes, crops
-        self.mean, self.std = checkpoint.mean, checkpoint.std
+        self.reading = checkpoint.reading
         self.seed = seed
         rank, world = processes()
         self.numbers = range(rank, count, world)
@@ -425,7 +424,7 @@ class _Crops(Dataset):
         image, values = self.images.pair(picked)
         label = self.classes.read(values, self.images.names[picked])
         pixels, crop = training_crop(image, label, self.crops, random)
-        return normalised(pixels, self.mean, self.std), torch.from_numpy(crop)
+        return normalised(pixels, self.reading), torch.from_numpy(crop)
 
 
 def _full_run(
@@ -504,7 +503,7 @@ def sliding_scores(
     """
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
-    pixels = preprocess(image, (height, width), checkpoint.mean, checkpoint.std)
+    pixels = checkpoint.reading(image, (height, width))
 
     def score(windows: Tensor) -> list[Tensor]:
         features = checkpoint.feature_map(windows)

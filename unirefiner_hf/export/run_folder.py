@@ -14,8 +14,9 @@ from ..methods.registry import current_name, method_named, setting_names
 from ..methods.settings import MethodSettings
 from ..modeling.errors import UniRefinerError, WrongKindError
 from ..modeling.files import read_json
+from ..outputs import RECORD
 
-RECORD, METRICS, PICTURE = "run.json", "metrics.json", "before_after.png"
+METRICS, PICTURE = "metrics.json", "before_after.png"
 ADAPTER, MERGED, PUBLISHED, SNAPSHOTS = "adapter", "merged", "published", "snapshots"
 EVALUATION, EVALUATION_FORMAT = "evaluation.json", 1
 """Beside a merged checkpoint."""

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..data.images import denormalise
+from ..data.left_out import left_out_lines
 from ..data.samples import collate
 from ..data.streams import RefinementStream
 from ..data.unlabelled import sample_images
@@ -154,7 +154,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             `UniRefinerModel`. One in memory is copied here and once more by `save_model`:
             leave its weights as they are until then.
         args: of the run; None: made of the keywords.
-        train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_images`.
+        train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_training_images`.
         method: a name (``"unirefiner"``, ``"ph_reg"``, ``"distillation"``) or settings.
         callbacks: further callbacks of transformers.
         processing_class: image processor of a model in memory; None: from where the model
@@ -239,8 +239,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if self.resumed is not None:
             check_same(self.resumed, self.asked)
         self.report = images.report
-        for name, reason in self.report.skipped.items():
-            logger.warning(f"Left out {name}: {reason}")
+        for line in self.report.lines():
+            logger.warning(line)
         self.reference = reference_pixels(self.backbone, args)
         objective = build_objective(self.backbone, settings, self.reference, args)
         if args.compile_layers:
@@ -322,8 +322,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if args.push_to_hub:
             self.add_callback(HubSync(args, self.backbone.name))
         if args.snapshot_steps and self.shown:
-            side = self.backbone.image_size
-            width = self.refiner.register_width(side, side)
+            width = self.refiner.register_width(*self.backbone.image_size)
             folder = self.folder / SNAPSHOTS
             self.add_callback(
                 Snapshots(model, self.shown, width, folder, args.snapshot_steps)
@@ -486,10 +485,9 @@ class UniRefinerTrainer(RefinementCheckpoints):
         skipped = {**self.report.skipped, **gather_named(self.skipped)}
         model = self.refined.eval()
         leave_float8(model)
-        side = self.backbone.image_size
         width = self.args.inference_register_width
         if width is None:
-            width = self.refiner.register_width(side, side)
+            width = self.refiner.register_width(*self.backbone.image_size)
         model.config.register_width = width
         resumed = checkpoint is not None
         self.record = finished_record(self, losses, skipped, seconds, resumed)
@@ -507,8 +505,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if not self.is_world_process_zero():
             return
         if comparison is not None:
-            mean, std = self.backbone.mean, self.backbone.std
-            pictures = [denormalise(pixels, mean, std) for pixels in self.shown]
+            denormalised = self.backbone.reading.denormalised
+            pictures = [denormalised(pixels) for pixels in self.shown]
             drawn = BytesIO()
             figure(comparison, pictures).save(drawn, format="PNG")
             write_whole(self.folder / PICTURE, drawn.getvalue())
@@ -520,7 +518,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         write_json(self.folder / RECORD, {**self.record, "finished": False})
         if skipped:
             logger.warning(
-                f"{len(skipped)} images could not be used; {RECORD} names each and why."
+                f"{len(skipped)} images could not be used; {RECORD} names each and why. "
+                + " ".join(left_out_lines(skipped))
             )
 
     def _replace_adapter(self) -> None:
@@ -644,9 +643,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             NonFiniteLossError: names the terms that are not finite and the step.
             AllRejectedError: the filters rejected everything, batch after batch.
         """
-        for entry in inputs.get("skipped", ()):
-            name, _, reason = entry.partition(": ")
-            self.skipped[name] = reason
+        self.skipped.update(inputs.get("skipped", ()))
         if isinstance(self.train_dataset, RefinementStream):
             self.train_dataset.note(inputs["position"])
         self._seed_batch()
