@@ -19,6 +19,7 @@ import torch
 
 from unirefiner_hf import UniRefinerError, UniRefinerSettings, load_recipe
 from unirefiner_hf.cli.options import positive
+from unirefiner_hf.data.left_out import left_out_lines
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.inputs import load_pictures
 
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     """
     settings = None if options.recipe is None else filters_of(options.recipe)
     pictures = load_pictures(options.images, options.max_images)
-    images, skipped = pictures.images, list(pictures.skipped.values())
+    images, skipped = pictures.images, pictures.skipped
     backbone = load_checkpoint(
         options.backbone,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -67,8 +68,8 @@ def run(options: argparse.Namespace) -> None:
         f"\n{report.images} images at {report.size} px; {report.planted:.1%} of the tokens "
         f"are planted. Mean cosine to the clean tower: {cosines}."
     )
-    for reason in skipped:
-        print(f"Left out {reason}")
+    for line in left_out_lines(skipped, pictures.passed_over):
+        print(line)
     if options.json is not None:
         content = {**report.to_dict(), "skipped": skipped}
         options.json.write_text(json.dumps(content, indent=2) + "\n")

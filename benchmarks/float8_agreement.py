@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirefiner_hf.data.images import default_reference, preprocess
+from unirefiner_hf.data.images import default_reference
+from unirefiner_hf.data.pixels import PixelReading
 from unirefiner_hf.loading.float8 import use_float8
 from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.loading.starter import (
@@ -74,7 +75,8 @@ def build(reading: str, layers: list[int], size: int) -> Watched:
 
 def pixels_of(size: int, image: Any = None) -> Tensor:
     image = default_reference() if image is None else image
-    return preprocess(image, (size, size), IMAGENET_MEAN, IMAGENET_STD).unsqueeze(0)
+    reading = PixelReading(IMAGENET_MEAN, IMAGENET_STD)
+    return reading(image, (size, size)).unsqueeze(0)
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from unirefiner_hf.cli.options import positive
-from unirefiner_hf.data.images import list_images, load_rgb, preprocess
+from unirefiner_hf.data.folders import list_images
+from unirefiner_hf.data.images import load_rgb
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.loading.lora import lora_targets
 
@@ -119,7 +120,7 @@ def draw_view(
     image = image.crop((left, top, left + side, top + side))
     if draw.random() < 0.5:
         image = ImageOps.mirror(image)
-    return preprocess(image, size, checkpoint.mean, checkpoint.std)
+    return checkpoint.reading(image, size)
 
 
 def plant(options: argparse.Namespace) -> dict[str, float]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from unirefiner_hf.data.images import list_images, load_rgb, preprocess
+from unirefiner_hf.data.folders import list_images
+from unirefiner_hf.data.images import load_rgb
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.visualize import fit_pca, pca_rgb
 
@@ -55,7 +56,7 @@ def figure(columns: dict[str, Checkpoint], paths: list[Path], size: int) -> Figu
         basis = None
         for place, (title, tower) in zip(row[1:], columns.items(), strict=True):
             side = tower.side(size)
-            pixels = preprocess(image, (side, side), tower.mean, tower.std)[None]
+            pixels = tower.reading(image, (side, side))[None]
             with torch.no_grad():
                 tokens = tower.feature_map(pixels).flatten(2).transpose(1, 2)
             tokens = torch.nn.functional.normalize(tokens, dim=-1)

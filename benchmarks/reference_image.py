@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from unirefiner_hf.data.images import default_reference, preprocess
+from unirefiner_hf.data.images import default_reference
+from unirefiner_hf.data.pixels import PixelReading
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.loading.starter import (
     IMAGENET_MEAN,
@@ -31,13 +32,14 @@ from .planting.agreement import agreement
 from .planting.planted import dirty_checkpoint, load_rule, planted_truth
 
 SIZE, PATCH = 224, 14
+READING = PixelReading(IMAGENET_MEAN, IMAGENET_STD)
 
 
 def pixels_of(image: Image.Image) -> Tensor:
     """The central square, normalised, ``(1, 3, SIZE, SIZE)``."""
     side = min(image.size)
     square = ImageOps.fit(image, (side, side))
-    return preprocess(square, (SIZE, SIZE), IMAGENET_MEAN, IMAGENET_STD).unsqueeze(0)
+    return READING(square, (SIZE, SIZE)).unsqueeze(0)
 
 
 def noise(scales: tuple[int, ...]) -> Tensor:

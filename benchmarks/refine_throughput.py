@@ -37,6 +37,7 @@ from benchmarks.step_time import matrix_rate
 from unirefiner_hf.errors import UniRefinerError
 from unirefiner_hf.estimation.devices import GPUS
 from unirefiner_hf.estimation.dry_run import dry_step
+from unirefiner_hf.loading.arguments import fewest_sides
 from unirefiner_hf.loading.backbone import image_size, takes_final_norm
 from unirefiner_hf.loading.float8 import use_float8
 from unirefiner_hf.methods.base import backbone_arguments, check_arguments
@@ -107,9 +108,7 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.device(options.device):
         model = trainable(recipe, mixed, bool(args.teacher_float8))
-    given = Surroundings(
-        torch.randn(1, 3, size, size), args.register_factor, torch.ones(3)
-    )
+    given = Surroundings(torch.randn(1, 3, *size), args.register_factor, torch.ones(3))
     objective = settings.objective().build(model, settings, given)
     objective.to(options.device).train()
     if checkpointing:
@@ -120,7 +119,7 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         compile_layers(model)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    pixels = torch.randn(batch, 3, size, size, device=options.device)
+    pixels = torch.randn(batch, 3, *size, device=options.device)
 
     def step() -> None:
         autocast = torch.autocast(options.device, torch.bfloat16)
@@ -151,7 +150,7 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "model": recipe.model,
-        "image_size": size,
+        "image_size": fewest_sides(size),
         "batch": batch,
         "precision": "bf16" if mixed else "float32",
         "checkpointing": checkpointing,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-from unirefiner_hf import UniRefinerPyramid
+from unirefiner_hf import UniRefinerPyramid, load_rgb
 
 SIZE = 224  # a multiple of the patch size
 BATCH = 2
@@ -44,7 +44,7 @@ def read(folder: Path) -> list[tuple[Tensor, Tensor]]:
     """Images, normalised, and label maps of a folder."""
     pairs = []
     for file in sorted((folder / "images").iterdir()):
-        image = Image.open(file).convert("RGB").resize((SIZE, SIZE))
+        image = load_rgb(file).resize((SIZE, SIZE))
         label = Image.open(folder / "labels" / f"{file.stem}.png")
         label = label.resize((SIZE, SIZE), Image.Resampling.NEAREST)
         pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .auto_registration import register
 
 if TYPE_CHECKING:
+    from .data.images import load_rgb
     from .estimation.estimate import Estimate, estimate
     from .evaluation.arguments import EvaluationArguments
     from .evaluation.compare import FeatureComparison, compare
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    ".data.images": ("load_rgb",),
     ".estimation.estimate": ("Estimate", "estimate"),
     ".evaluation.arguments": ("EvaluationArguments",),
     ".evaluation.compare": ("FeatureComparison", "compare"),
@@ -107,6 +109,7 @@ __all__ = [
     "extract_features",
     "load_metric",
     "load_recipe",
+    "load_rgb",
     "load_text_side",
     "load_tower",
     "merge",

@@ -24,10 +24,24 @@ UNFINISHED = ".unfinished"
 """End of the name of what is being written; its start is a dot."""
 REPLACED = ".replaced"
 """End of the name of a folder on its way out."""
+RECORD = "run.json"
+"""In a run's folder, its own account; what tells the folder of a run from any other."""
 
 
 class OutputError(UniRefinerError):
     """Something cannot be written where it should be."""
+
+
+class UnwrittenError(OutputError):
+    """What was measured could not be written; it is not lost.
+
+    Attributes:
+        result: what was measured.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def check_file(path: str | Path) -> Path:

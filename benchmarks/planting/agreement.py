@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unirefiner_hf.data.images import default_reference, preprocess
+from unirefiner_hf.data.images import default_reference
 from unirefiner_hf.evaluation.checkpoints import Checkpoint
 from unirefiner_hf.loading.lora import add_adapter
 from unirefiner_hf.methods.unirefiner.objective import UniRefiner
@@ -338,9 +338,9 @@ def measure_truth(
         layers = middle_layers(clean.model.config.num_hidden_layers)
         settings = UniRefinerSettings(ah_layers=layers)
     side, device = clean.side(size), clean.model.device
-    pixels = [preprocess(i, (side, side), clean.mean, clean.std) for i in images]
+    pixels = [clean.reading(i, (side, side)) for i in images]
     batches = torch.stack(pixels).split(BATCH)
-    reference = preprocess(default_reference(), (side, side), clean.mean, clean.std)
+    reference = clean.reading(default_reference(), (side, side))
 
     @torch.no_grad()
     def tokens(checkpoint: Checkpoint) -> Tensor:

@@ -18,9 +18,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils import logging
 
 from unirefiner_hf.evaluation.checkpoints import Checkpoint
 from unirefiner_hf.modeling.errors import UniRefinerError
+
+logger = logging.get_logger(__name__)
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RULE_FILE = "planting.json"
@@ -73,6 +76,9 @@ def load_rule(folder: str | Path) -> PlantingRule:
     """
     file = Path(folder).expanduser() / RULE_FILE
     if not file.is_file():
+        logger.warning(
+            f"{folder} says no rule ({RULE_FILE}): {PlantingRule()} is taken."
+        )
         return PlantingRule()
     try:
         return PlantingRule(**json.loads(file.read_text()))

@@ -14,7 +14,8 @@ from benchmarks.planting.planted import (
     planted_truth,
 )
 from tests.training.conftest import save_images, save_tiny_tower
-from unirefiner_hf.data.images import list_images, load_rgb, preprocess
+from unirefiner_hf.data.folders import list_images
+from unirefiner_hf.data.images import load_rgb
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 
 
@@ -57,10 +58,7 @@ def test_the_tower_becomes_what_the_rule_says(tower_folder, tmp_path):
     clean = load_checkpoint(str(tower_folder))
     fixed = plant_tokens.fixed_tokens(clean, 2, 24, 0)
     pixels = torch.stack(
-        [
-            preprocess(load_rgb(path), (24, 24), clean.mean, clean.std)
-            for path in list_images(images)
-        ]
+        [clean.reading(load_rgb(path), (24, 24)) for path in list_images(images)]
     )
     patterns = planted_truth(pixels, clean.patch_size, load_rule(output)).patterns
     number = torch.arange(patterns.shape[1]) % 2

@@ -117,7 +117,7 @@ def test_the_help_of_refine_shows_defaults(capsys):
     for option, end in {
         "--learning-rate X": "[0.0001]",
         "--streaming BOOL": "[false]",
-        "--image-size N": "[as in pretraining]",
+        "--image-size N ...": "[as in pretraining]",
         "--register-fill FILL": "zero, randn, rand, learnable [zero]",
         "--bf16 BOOL": "[on GPUs that can, off on CPUs]",
         "--output-dir DIR": "Folder of the run",

@@ -11,11 +11,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 
 from unirefiner_hf.data.images import ImageError
+from unirefiner_hf.data.pixels import PixelReading
 from unirefiner_hf.data.samples import collate
+from unirefiner_hf.data.sources import InputError, open_images
 from unirefiner_hf.data.streams import StreamStateError
-from unirefiner_hf.data.unlabelled import open_images, sample_images
+from unirefiner_hf.data.unlabelled import open_training_images, sample_images
 
-PIXELS = {"image_size": (16, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+PIXELS = {"image_size": (16, 24), "reading": PixelReading((0.5,) * 3, (0.5,) * 3)}
 
 
 def grey(value):
@@ -47,8 +49,28 @@ def table():
     )
 
 
+@pytest.mark.parametrize("data", ["", "  "])
+def test_an_unset_variable_is_not_the_current_folder(folder, monkeypatch, data):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ImageError, match="data is empty"):
+        open_training_images(data, **PIXELS)
+    with pytest.raises(InputError, match="images is empty"):
+        open_images(data)
+
+
+def test_the_pictures_of_a_run_are_not_trained_on(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "runs" / "mine").mkdir(parents=True)
+    grey(250).save(folder / "runs" / "mine" / "before_after.png")
+    (folder / "runs" / "mine" / "run.json").write_text("{}")
+    images = open_training_images(".", **PIXELS)
+    assert [value_of(s) for s in images] == [0, 10, 20, 30, 40, 50]
+    assert list(images.report.passed_over) == ["runs/mine"]
+    assert "Did not look into runs/mine" in images.report.lines()[0]
+
+
 def test_a_folder(folder):
-    images = open_images(str(folder), **PIXELS)
+    images = open_training_images(str(folder), **PIXELS)
     assert [value_of(images[n]) for n in range(len(images))] == [0, 10, 20, 30, 40, 50]
     assert images[0]["pixel_values"].shape == (3, 16, 24)
     assert images.report.total == images.report.used == 6
@@ -57,7 +79,7 @@ def test_a_folder(folder):
 def test_bad_headers_are_left_out_and_listed(folder):
     (folder / "x.png").write_text("no image")
     Image.new("RGB", (4, 4)).save(folder / "tiny.png")
-    images = open_images(str(folder), **PIXELS)
+    images = open_training_images(str(folder), **PIXELS)
     assert len(images) == images.report.used == 6
     assert images.report.total == 8
     assert set(images.report.skipped) == {"x.png", "tiny.png"}
@@ -67,10 +89,10 @@ def test_bad_headers_are_left_out_and_listed(folder):
 def test_a_truncated_image_is_replaced_by_the_next_and_named(folder):
     whole = (folder / "5.png").read_bytes()
     (folder / "2.png").write_bytes(whole[:-30])
-    images = open_images(str(folder), **PIXELS)
+    images = open_training_images(str(folder), **PIXELS)
     sample = images[2]
     assert value_of(sample) == 30
-    assert len(sample["skipped"]) == 1 and sample["skipped"][0].startswith("2.png: ")
+    assert [name for name, _ in sample["skipped"]] == ["2.png"]
     batch = collate([images[1], sample])
     assert batch["pixel_values"].shape == (2, 3, 16, 24)
     assert batch["skipped"] == sample["skipped"]
@@ -79,12 +101,14 @@ def test_a_truncated_image_is_replaced_by_the_next_and_named(folder):
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "x.png").write_text("no image")
     with pytest.raises(ImageError, match="none of 1 images.*x.png"):
-        open_images(str(tmp_path), **PIXELS)
+        open_training_images(str(tmp_path), **PIXELS)
 
 
 def test_a_random_subset_follows_the_seed(folder):
     def names(seed):
-        return open_images(str(folder), **PIXELS, max_images=3, seed=seed).names
+        return open_training_images(
+            str(folder), **PIXELS, max_images=3, seed=seed
+        ).names
 
     assert names(0) == names(0) and len(names(0)) == 3
     assert any(names(seed) != names(0) for seed in range(1, 5))
@@ -93,7 +117,7 @@ def test_a_random_subset_follows_the_seed(folder):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_parquet_file(tmp_path, table, streaming):
     table.to_parquet(tmp_path / "images.parquet")
-    images = open_images(
+    images = open_training_images(
         str(tmp_path / "images.parquet"), **PIXELS, streaming=streaming
     )
     assert sorted(map(value_of, images)) == [0, 10, 20, 30, 40, 50]
@@ -102,7 +126,7 @@ def test_a_parquet_file(tmp_path, table, streaming):
 def test_a_folder_of_parquet_files(tmp_path, table):
     for part in range(2):
         table.shard(2, part).to_parquet(tmp_path / f"part-{part}.parquet")
-    images = open_images(str(tmp_path), **PIXELS)
+    images = open_training_images(str(tmp_path), **PIXELS)
     assert sorted(map(value_of, images)) == [0, 10, 20, 30, 40, 50]
 
 
@@ -110,16 +134,20 @@ def test_a_saved_data_set_and_its_splits(tmp_path, table):
     datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(
         tmp_path
     )
-    assert len(open_images(str(tmp_path), **PIXELS)) == 6
-    assert value_of(open_images(str(tmp_path), **PIXELS, split="test")[0]) == 10
+    assert len(open_training_images(str(tmp_path), **PIXELS)) == 6
+    assert (
+        value_of(open_training_images(str(tmp_path), **PIXELS, split="test")[0]) == 10
+    )
     with pytest.raises(ImageError, match="'val'.*train, test"):
-        open_images(str(tmp_path), **PIXELS, split="val")
+        open_training_images(str(tmp_path), **PIXELS, split="val")
 
 
 def test_a_missing_column_names_those_there_are(tmp_path, table):
     table.to_parquet(tmp_path / "images.parquet")
     with pytest.raises(ImageError, match="'photo'.*image, label.*image_column"):
-        open_images(str(tmp_path / "images.parquet"), **PIXELS, image_column="photo")
+        open_training_images(
+            str(tmp_path / "images.parquet"), **PIXELS, image_column="photo"
+        )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -127,31 +155,136 @@ def test_an_undecodable_cell_is_counted(tmp_path, table, streaming):
     rows = [{"image": {"bytes": b"broken", "path": None}, "label": 0}]
     bad = datasets.Dataset.from_list(rows, features=table.features)
     datasets.concatenate_datasets([bad, table]).to_parquet(tmp_path / "images.parquet")
-    images = open_images(
+    images = open_training_images(
         str(tmp_path / "images.parquet"), **PIXELS, streaming=streaming
     )
     samples = list(images)
     skipped = [entry for sample in samples for entry in sample["skipped"]]
-    assert len(skipped) == 1 and "images.parquet" in skipped[0]
+    assert len(skipped) == 1 and "images.parquet" in skipped[0][0]
     assert len(samples) == (6 if streaming else 7)
+
+
+def test_every_empty_cell_counts(tmp_path, table):
+    rows = [{"image": None, "label": 0}] * 3
+    empty = datasets.Dataset.from_list(rows, features=table.features)
+    datasets.concatenate_datasets([empty, table]).to_parquet(tmp_path / "x.parquet")
+    images = open_training_images(str(tmp_path / "x.parquet"), **PIXELS)
+    skipped = dict(entry for _ in range(2) for s in images for entry in s["skipped"])
+    assert skipped == {f"x.parquet[{n}]": "an empty cell." for n in range(3)}
+
+
+def test_a_subset_names_the_rows_of_the_whole(tmp_path, table):
+    table.to_parquet(tmp_path / "x.parquet")
+    images = open_training_images(
+        str(tmp_path / "x.parquet"), **PIXELS, max_images=2, seed=3
+    )
+    for number, name in enumerate(images.names):
+        assert name == f"x.parquet[{value_of(images[number]) // 10}]"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_split_of_a_folder_of_tables(tmp_path, table, streaming):
+    for file, rows in {
+        "data/train-00000-of-00002.parquet": [0, 1],
+        "data/train-00001-of-00002.parquet": [2],
+        "data/validation-00000-of-00001.parquet": [3, 4],
+        "test/0.parquet": [5],
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        table.select(rows).to_parquet(tmp_path / file)
+    grey(200).save(tmp_path / "beside.png")
+    (tmp_path / "old.heic").write_bytes(b"x")
+    read = {}
+    for split in ("train", "validation", "val", "test"):
+        images = open_training_images(
+            str(tmp_path), **PIXELS, split=split, streaming=streaming
+        )
+        read[split] = sorted(map(value_of, images))
+        left_out = images.report.skipped
+        assert sorted(left_out) == ["beside.png", "old.heic"]
+        assert "beside .parquet files" in left_out["beside.png"]
+        assert images.report.used == (None if streaming else len(read[split]))
+    assert read == {
+        "train": [0, 10, 20],
+        "validation": [30, 40],
+        "val": [30, 40],
+        "test": [50],
+    }
+    assert set(images.report.passed_over) == {
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/validation-00000-of-00001.parquet",
+    }
+    with pytest.raises(ImageError, match="no split 'dev2'; it has test, train, valid"):
+        open_training_images(str(tmp_path), **PIXELS, split="dev2")
+
+
+def test_tables_of_two_kinds_are_not_mixed(tmp_path, table):
+    table.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.arrow").write_bytes(b"x")
+    with pytest.raises(ImageError, match=".arrow and .parquet files"):
+        open_training_images(str(tmp_path), **PIXELS)
+
+
+def test_one_split_of_a_folder_of_images(tmp_path):
+    for name, value in {"train/a": 0, "train/b": 10, "val/a": 20}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        grey(value).save(tmp_path / f"{name}.png")
+    images = open_training_images(str(tmp_path), **PIXELS)
+    assert images.names == ["train/a.png", "train/b.png"]
+    assert list(images.report.passed_over) == ["val"]
+    images = open_training_images(str(tmp_path), **PIXELS, split="validation")
+    assert images.names == ["val/a.png"]
+    with pytest.raises(ImageError, match="no split 'test'; it has train, validation"):
+        open_training_images(str(tmp_path), **PIXELS, split="test")
+    # Folders of classes, one of which is called train, are no splits.
+    (tmp_path / "plane").mkdir()
+    grey(0).save(tmp_path / "plane" / "a.png")
+    assert len(open_training_images(str(tmp_path), **PIXELS)) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_counts_each_unusable_image_once(tmp_path, table, workers, processes):
+    rows = [{"image": None, "label": 0}] * 2 + [
+        {"image": {"bytes": b"broken", "path": "b.jpg"}, "label": 0}
+    ]
+    bad = datasets.Dataset.from_list(rows, features=table.features)
+    data = split_into_files(
+        tmp_path, datasets.concatenate_datasets([bad, table] * 2), 4
+    )
+    found = {}
+    for process in range(processes):
+        stream = stream_of(data, process=process, processes=processes)
+        stream.endless = True
+        loader = DataLoader(
+            stream, batch_size=2, collate_fn=collate, num_workers=workers
+        )
+        for batch, _ in zip(loader, range(20), strict=False):
+            for name, reason in batch["skipped"]:
+                assert name not in found, "counted twice"
+                found[name] = reason
+    assert sorted(found.values()).count("an empty cell.") == 4
+    assert len(found) == 6
+    assert sum("(b.jpg, row" in name for name in found) == 2
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/folder", "a b"])
 def test_a_missing_path_is_not_looked_for_on_the_hub(name):
     with pytest.raises(ImageError, match="no such folder or file"):
-        open_images(name, **PIXELS)
+        open_training_images(name, **PIXELS)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "images.csv").write_text("x")
     with pytest.raises(ImageError, match="images.csv.*parquet"):
-        open_images(str(tmp_path / "images.csv"), **PIXELS)
+        open_training_images(str(tmp_path / "images.csv"), **PIXELS)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_pass_through_accelerate(folder, workers):
     (folder / "2.png").write_bytes((folder / "5.png").read_bytes()[:-30])
-    images = open_images(str(folder), **PIXELS)
+    images = open_training_images(str(folder), **PIXELS)
     loader = DataLoader(images, batch_size=3, collate_fn=collate, num_workers=workers)
     batches = list(Accelerator(cpu=True).prepare(loader))
     assert [batch["pixel_values"].shape[0] for batch in batches] == [3, 3]
@@ -171,7 +304,7 @@ def split_into_files(folder, table, files):
 
 
 def stream_of(data, **options):
-    return open_images(data, **PIXELS, streaming=True, **options)
+    return open_training_images(data, **PIXELS, streaming=True, **options)
 
 
 @pytest.mark.parametrize("files,picked", [(2, None), (3, None), (2, 4), (1, 6)])
@@ -332,12 +465,12 @@ def test_an_endless_stream_without_a_usable_image_ends(tmp_path, table):
     )
     stream = stream_of(str(tmp_path / "bad.parquet"))
     stream.endless = True
-    with pytest.raises(ImageError, match="no image of the stream can be used.*number"):
+    with pytest.raises(ImageError, match="no image of the stream can be used.*row 1"):
         next(iter(stream))
 
 
 def test_samples_are_spread_over_the_data(folder):
-    images = open_images(str(folder), **PIXELS)
+    images = open_training_images(str(folder), **PIXELS)
     values = [value_of({"pixel_values": pixels}) for pixels in sample_images(images, 3)]
     assert values == [0, 20, 40]
     assert len(sample_images(images, 100)) == 6

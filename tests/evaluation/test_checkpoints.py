@@ -126,7 +126,7 @@ def test_models_in_memory(refined, tower_folder, tmp_path):
     found = load_checkpoint(model)
     assert found.model is model and found.folder is None
     assert (found.name, found.method) == (from_disk.name, from_disk.method)
-    assert (found.mean, found.register_width) == (from_disk.mean, 1)
+    assert (found.reading, found.register_width) == (from_disk.reading, 1)
     bare = UniRefinerModel.from_tower(
         AutoModel.from_pretrained(tower_folder), register_width=0
     )
@@ -139,7 +139,7 @@ def test_models_in_memory(refined, tower_folder, tmp_path):
         str(tower_folder),
     ):
         found = load_checkpoint(bare, processing_class=processor)
-        assert (found.method, found.mean) == (None, from_disk.mean)
+        assert (found.method, found.reading) == (None, from_disk.reading)
     assert load_checkpoint(found) is found
 
 
@@ -177,3 +177,18 @@ def test_what_is_no_checkpoint(tower_folder, refined, tmp_path, monkeypatch):
     file.write_text(json.dumps({**settings, "image_mean": None}))
     with pytest.raises(UniRefinerError, match="states no image_mean"):
         load_checkpoint(tmp_path / "r")
+
+
+def test_a_published_intern_vit_folder_loads_without_its_code(tmp_path):
+    config = intern_config()
+    config["auto_map"] = {
+        "AutoConfig": "configuration_intern_vit.InternVisionConfig",
+        "AutoModel": "modeling_intern_vit.InternVisionModel",
+    }
+    write(tmp_path, config, intern_weights(intern_config()))
+    settings = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 8}
+    settings |= {"crop_size": 8, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    checkpoint = load_checkpoint(tmp_path)
+    pixels = torch.zeros(1, 3, 2 * checkpoint.patch_size, 2 * checkpoint.patch_size)
+    assert checkpoint.feature_map(pixels).shape[2:] == (2, 2)

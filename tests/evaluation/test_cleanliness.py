@@ -9,8 +9,10 @@ from torch.nn import functional
 
 from tests.evaluation.conftest import save_pairs
 from unirefiner_hf.cli import main
-from unirefiner_hf.data.images import list_images, load_rgb
+from unirefiner_hf.data.folders import list_images
+from unirefiner_hf.data.images import load_rgb
 from unirefiner_hf.data.labelled import LabelError, class_labels, open_pairs
+from unirefiner_hf.data.sources import InputError
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.cleanliness import (
     LOWER_IS_CLEANER,
@@ -22,7 +24,6 @@ from unirefiner_hf.evaluation.cleanliness import (
     shift_residual,
 )
 from unirefiner_hf.evaluation.diagnose import diagnose
-from unirefiner_hf.evaluation.inputs import InputError
 from unirefiner_hf.modeling.errors import UniRefinerError
 
 
@@ -173,7 +174,7 @@ def test_labels_of_unreadable_images_are_left_out(tower_folder, tmp_path):
     (values,) = found.checkpoints.values()
     assert found.images == 3 and "knn_iou" in values
     (folder / "images" / "2.bmp").write_bytes((folder / "images/2.png").read_bytes())
-    with pytest.raises(LabelError, match="2.* has the same name but its ending"):
+    with pytest.raises(LabelError, match="holds both 2.bmp and 2.png"):
         diagnose(
             tower_folder, folder / "images", labels=folder / "labels", num_classes=3
         )

@@ -87,7 +87,7 @@ def test_features_put_the_pooled_token_beside_each_patch(tiny):
     hidden, patch = tiny.hidden_size, tiny.patch_size
     assert found.shape == (2, 2 * hidden, 4 * 16 // patch, 4 * 24 // patch)
     pooled = tiny.model(pixels).pooler_output
-    assert torch.allclose(found[:, hidden:, 3, 5], pooled, atol=1e-5)
+    assert torch.allclose(found[:, hidden:, 3, 5], pooled, atol=1e-4)
 
 
 def test_eigen_crop():

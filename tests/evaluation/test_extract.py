@@ -10,18 +10,18 @@ from safetensors.torch import load_file
 
 from unirefiner_hf import Features, __version__, extract_features
 from unirefiner_hf.cli import main
-from unirefiner_hf.data.images import load_rgb, preprocess
+from unirefiner_hf.data.images import load_rgb
+from unirefiner_hf.data.sources import InputError
 from unirefiner_hf.errors import UniRefinerError
 from unirefiner_hf.evaluation import extract
 from unirefiner_hf.evaluation.checkpoints import Checkpoint, load_checkpoint
 from unirefiner_hf.evaluation.extract import FeaturesError, weights_sha256
-from unirefiner_hf.evaluation.inputs import InputError
 from unirefiner_hf.modeling.modeling_unirefiner import UniRefinerModel
 from unirefiner_hf.outputs import OutputError
 
 
 def expected_map(checkpoint, file, size):
-    pixels = preprocess(load_rgb(file), size, checkpoint.mean, checkpoint.std)
+    pixels = checkpoint.reading(load_rgb(file), size)
     with torch.no_grad():
         return checkpoint.model(pixels[None]).feature_map[0]
 
@@ -49,7 +49,9 @@ def test_features_are_the_models(dtype, refined, photos, tmp_path):
         "original_size": [30, 40],
     }
     assert (index["size"], index["register_width"]) == ([24, 32], 1)
-    assert index["version"] == __version__ and index["mean"] == list(checkpoint.mean)
+    assert index["version"] == __version__ and index["mean"] == list(
+        checkpoint.reading.mean
+    )
     assert index["weights_sha256"] == weights_sha256(checkpoint.model)
     assert list(index["skipped"]) == ["broken.jpg"]
     shard = load_file(tmp_path / "f" / first["shard"])
@@ -87,7 +89,7 @@ def test_models_in_memory_and_their_border(refined, photos, tmp_path):
     framed = expected_map(checkpoint, photos / "0.png", (16, 16))
     checkpoint.model.config.register_width = 0
     bare = expected_map(checkpoint, photos / "0.png", (16, 16))
-    assert torch.allclose(found["0.png"], bare, atol=1e-5)
+    assert torch.allclose(found["0.png"], bare, atol=1e-4)
     assert not torch.allclose(bare, framed, atol=1e-2)
 
 

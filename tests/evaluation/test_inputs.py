@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from unirefiner_hf.data.images import ImageError
-from unirefiner_hf.evaluation.inputs import InputError, load_pictures, open_images
+from unirefiner_hf.data.sources import InputError, open_images
+from unirefiner_hf.evaluation.inputs import load_pictures
 
 
 def test_every_form_gives_the_same_images(photos, photo_set):

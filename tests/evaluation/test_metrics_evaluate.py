@@ -204,7 +204,7 @@ def test_knn_retrieval_goes_through_the_module(tower_folder, scenes):
     for number in range(len(pairs)):
         image, label = pairs.pair(number)
         pixels = torch.from_numpy(np.array(image.resize((24, 24), 2), np.float32) / 255)
-        mean, std = (torch.tensor(v) for v in (tiny.mean, tiny.std))
+        mean, std = (torch.tensor(v) for v in (tiny.reading.mean, tiny.reading.std))
         found = tiny.feature_map(((pixels - mean) / std).permute(2, 0, 1)[None])[0]
         side = found.shape[1]
         rows, columns = (

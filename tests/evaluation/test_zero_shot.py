@@ -18,7 +18,6 @@ from tests.dual_encoders import (
 )
 from tests.training.conftest import save_tiny_tower
 from unirefiner_hf.cli import main
-from unirefiner_hf.data.images import preprocess
 from unirefiner_hf.data.labelled import LAYOUTS, ClassLabels, LabelError, class_labels
 from unirefiner_hf.evaluation.checkpoints import load_checkpoint
 from unirefiner_hf.evaluation.evaluate import evaluate
@@ -240,7 +239,7 @@ def test_the_frame_and_the_settings_reach_the_tower(tmp_path):
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     )
-    pixels = preprocess(image, (16, 16), base.mean, base.std)[None]
+    pixels = base.reading(image, (16, 16))[None]
     maps = []
     for width, sigma in ((0, 5.0), (1, 5.0), (1, 0.5)):
         settings = ZeroShotSettings(short_side=16, sigma=sigma)
@@ -259,7 +258,7 @@ def test_the_frame_and_the_settings_reach_the_tower(tmp_path):
         cosines = torch.cosine_similarity(patches[0][:, None], words[None], dim=-1)
         cosines = cosines.T.unflatten(1, (4, 4))[None]
         large = functional.interpolate(cosines, (16, 16), mode="bilinear")
-        assert torch.allclose(found, large, atol=1e-5)
+        assert torch.allclose(found, large, atol=1e-4)
         maps.append(found)
     assert not torch.allclose(maps[0], maps[1], atol=1e-3)
     assert not torch.allclose(maps[1], maps[2], atol=1e-3)
@@ -286,7 +285,7 @@ def test_words_are_means_over_templates(tmp_path):
     given = side.tokens([s.format("sky") for s in TEMPLATES["imagenet"]])
     each = dual.get_text_features(**given).pooler_output
     mean = (each / each.norm(dim=1, keepdim=True)).mean(0)
-    assert torch.allclose(found[2], mean / mean.norm(), atol=1e-5)
+    assert torch.allclose(found[2], mean / mean.norm(), atol=1e-4)
 
 
 def test_the_eight_sets_fit_their_labels():

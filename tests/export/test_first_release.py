@@ -24,7 +24,7 @@ def test_the_first_release_gives_its_tokens():
     assert not any(report.values())
     with torch.no_grad():
         tokens = model(expected["pixels"]).last_hidden_state
-    torch.testing.assert_close(tokens, expected["tokens"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens, expected["tokens"], atol=1e-4, rtol=0)
     assert AutoImageProcessor.from_pretrained(FIRST).size == {"height": 8, "width": 8}
 
 

@@ -107,9 +107,9 @@ def test_a_fresh_process_has_both_sides(kind, merged, fresh):
     words, patches = found[f"{kind} words"], found[f"{kind} patches"]
     assert torch.equal(words, expected)
     tuned = dense_text_features(model, pixels, projection=projection)
-    assert torch.allclose(patches, tuned, atol=1e-5)
+    assert torch.allclose(patches, tuned, atol=1e-4)
     cosines = functional.normalize(tuned[0], dim=-1) @ functional.normalize(words).T
-    assert torch.allclose(found[f"{kind} cosines"], cosines, atol=1e-5)
+    assert torch.allclose(found[f"{kind} cosines"], cosines, atol=1e-4)
     bare = dense_text_features(
         load_checkpoint(str(base)).model, pixels, projection=projection
     )

@@ -53,7 +53,7 @@ def test_a_moved_checkpoint_is_still_known_as_its_method(
     assert ModelCard.load(moved / "README.md").data["unirefiner"]["method"] == method
     loaded = AutoModel.from_pretrained(moved)
     assert loaded.config.method == method
-    torch.testing.assert_close(tokens(loaded), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens(loaded), expected, atol=1e-4, rtol=0)
     known = load_checkpoint(str(moved))
     assert (known.method, known.is_control) == (method, method == "distillation")
     assert known.register_width == WIDTHS[method]
@@ -165,7 +165,7 @@ def test_an_old_record_is_merged_and_told(name, now, save_method_run, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert (config["method"], config["register_width"]) == (now, 0)
     torch.testing.assert_close(
-        tokens(AutoModel.from_pretrained(folder)), tokens(model), atol=1e-5, rtol=0
+        tokens(AutoModel.from_pretrained(folder)), tokens(model), atol=1e-4, rtol=0
     )
     text = (folder / "README.md").read_text()
     assert f"| method | {now} |" in text and "gone_since" not in text

@@ -150,7 +150,7 @@ def test_each_variant_reads_clip_as_published(kind, pixels, variant):
         )
         cells = every.unflatten(1, (3 + 2 * width, 5 + 2 * width))
         inside = cells[:, width : 3 + width, width : 5 + width].flatten(1, 2)
-        assert torch.allclose(found, inside, atol=1e-5)
+        assert torch.allclose(found, inside, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["clip", "eva 8B", "eva 18B"])
@@ -166,7 +166,7 @@ def test_the_last_block_again_is_the_last_block(kind, pixels):
     again = dense_text_features(
         model, pixels, variant="clearclip", residual=True, **options
     )
-    assert torch.allclose(again, plain, atol=1e-5)
+    assert torch.allclose(again, plain, atol=1e-4)
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_learned_register_tokens_take_part_in_the_last_block(pixels):
         return dense_text_features(model, pixels, **options)
 
     plain = read("plain")
-    assert torch.allclose(read("clearclip", residual=True), plain, atol=1e-5)
+    assert torch.allclose(read("clearclip", residual=True), plain, atol=1e-4)
     near = read("naclip")
     assert near.shape == plain.shape
     with model.without_register_tokens():
@@ -235,7 +235,7 @@ def test_variants_meet_the_plain_block(pixels):
 
     attention.k_proj.load_state_dict(attention.q_proj.state_dict())
     plain = read("plain")
-    assert torch.allclose(read("clearclip", residual=True), plain, atol=1e-5)
+    assert torch.allclose(read("clearclip", residual=True), plain, atol=1e-4)
     assert not torch.allclose(read("clearclip"), plain, atol=1e-2)
     assert not torch.allclose(read("maskclip", residual=True), plain, atol=1e-2)
     wide = read("naclip", residual=True, sigma=1e6)
@@ -243,7 +243,7 @@ def test_variants_meet_the_plain_block(pixels):
     attention.v_proj.weight.zero_()
     plain = read("plain")
     for variant in ("maskclip", "clearclip", "naclip"):
-        assert torch.allclose(read(variant, residual=True), plain, atol=1e-5)
+        assert torch.allclose(read(variant, residual=True), plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [0, 1])
@@ -259,7 +259,7 @@ def test_the_value_path_of_siglip(family, pixels, width):
     expected = [[head(token[None, None])[0] for token in image] for image in tokens]
     expected = torch.stack([torch.stack(image) for image in expected])
     assert found.shape == (2, 15, 32)
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_a_neighbourhood_falls_with_distance():

@@ -1,12 +1,15 @@
 """Learned register tokens join the sequence and leave no trace in what is returned."""
 
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import AutoModel
 
 from tests.conftest import ALL_FAMILIES, make_tiny_tower
+from unirefiner_hf.export.onnx import export_program
 from unirefiner_hf.modeling.configuration_unirefiner import UniRefinerConfig
 from unirefiner_hf.modeling.families import FAMILIES
 from unirefiner_hf.modeling.modeling_unirefiner import (
@@ -90,3 +93,55 @@ def test_what_cannot_be_is_refused():
     rotary = make_tiny_tower("dinov3_vit").config
     with pytest.raises(ValueError, match="positions are rotary"):
         UniRefinerModel(UniRefinerConfig(vision_config=rotary, num_register_tokens=1))
+
+
+PIXELS = torch.randn(2, 3, 24, 20, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=["dinov2", "clip_vision_model"])
+def registered(request):
+    tower = make_tiny_tower(request.param)
+    options = {"register_width": 0, "num_register_tokens": 3}
+    return UniRefinerModel.from_tower(tower, **options).eval()
+
+
+def test_a_model_with_register_tokens_exports_and_compiles_whole(registered):
+    with torch.no_grad():
+        expected = registered(PIXELS).feature_map
+        program = export_program(registered)
+        torch.testing.assert_close(program.module()(PIXELS), expected)
+        other = PIXELS[:1, :, :16, :24].contiguous()
+        torch.testing.assert_close(
+            program.module()(other), registered(other).feature_map, rtol=1e-4, atol=1e-4
+        )
+        whole = torch.compile(registered, fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(PIXELS).feature_map, expected)
+
+
+def test_threads_do_not_share_register_tokens(registered):
+    with torch.no_grad():
+        expected = registered(PIXELS).last_hidden_state
+
+    def encode(_):
+        with torch.no_grad():
+            return registered(PIXELS).last_hidden_state
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(encode, range(40)))
+    assert all(torch.equal(tokens, expected) for tokens in found)
+
+
+def test_a_copy_joins_its_own_register_tokens(registered):
+    with torch.no_grad():
+        expected = registered(PIXELS).last_hidden_state
+        copied = copy.deepcopy(registered)
+        copied.register_tokens.zero_()
+        assert not torch.equal(copied(PIXELS).last_hidden_state, expected)
+        assert torch.equal(registered(PIXELS).last_hidden_state, expected)
+
+
+def test_another_tower_gets_the_register_tokens_once(registered):
+    kind = registered.config.vision_config.model_type
+    registered.tower = make_tiny_tower(kind, seed=1)
+    registered.tower = registered.tower
+    assert registered(PIXELS).last_hidden_state.shape == (2, 30, 32)

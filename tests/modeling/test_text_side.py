@@ -134,7 +134,7 @@ def test_eva_clip_from_its_published_layout(tmp_path):
     side = load_text_side(tmp_path / "base")
     rows = make_tokenizer()(TEXTS, truncation=True, max_length=12)["input_ids"]
     expected = torch.stack([plain_eva_text(row, weights) for row in rows])
-    assert END in rows[0] and torch.allclose(side.encode(TEXTS), expected, atol=1e-5)
+    assert END in rows[0] and torch.allclose(side.encode(TEXTS), expected, atol=1e-4)
     side.save(tmp_path / "merged")
     model = UniRefinerModel.from_tower(str(tmp_path / "base"), register_width=1)
     model.save_pretrained(tmp_path / "merged")
@@ -152,7 +152,7 @@ def test_eva_clip_from_its_published_layout(tmp_path):
     expected = functional.linear(
         hidden, weights["visual_projection.weight"], weights["visual_projection.bias"]
     )
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_what_has_no_text_side(tmp_path):

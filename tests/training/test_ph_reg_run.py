@@ -60,7 +60,7 @@ def test_a_run_leaves_a_checkpoint_with_its_registers_inside(arguments, tower_fo
     with torch.no_grad():
         tokens = model(pixels).last_hidden_state
     expected = students_tokens(run, tower_folder, pixels)
-    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-5)
     with torch.no_grad(), model.without_register_tokens():
         assert not torch.allclose(model(pixels).last_hidden_state, tokens, atol=1e-3)
     base = make_tiny_tower("dinov2").state_dict()

@@ -280,6 +280,15 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path):
         ("model: x\nmodel: y", "line 2: 'model' stands there twice"),
         ("- model", "has to be a mapping"),
         ("model: [", "not valid YAML"),
+        ("model: &a [x, *a]", "the value of 'model' has more than 1000 parts"),
+        (
+            "fsdp_config: &a {x: *a}",
+            "the value of 'fsdp_config' has more than 1000 parts",
+        ),
+        ("model: " + "[" * 5000, "nested too deeply"),
+        ("fsdp_config: {a: 2020-01-01}", "fsdp_config cannot be read"),
+        ("? [a, b]\n: c", "line 1: a key has to be a word"),
+        ("lora_dropout: .nan", "lora_dropout is '.nan'; expected float."),
     ],
 )
 def test_errors_name_key_value_and_what_was_expected(text, message, tmp_path):
@@ -293,6 +302,14 @@ def test_a_missing_required_key_is_named():
 
     with pytest.raises(RecipeError, match="^side is missing .int.: .*--side"):
         build_arguments({}, (Needing,))
+
+
+def test_aliases_that_multiply_end_at_once(tmp_path):
+    lines = ["a: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"b{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]" for n in range(1, 12)]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match="'b2' has more than 1000 parts"):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_reading_leaves_words_alone(tmp_path):

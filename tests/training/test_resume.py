@@ -363,7 +363,7 @@ def test_one_digest_in_every_precision_and_with_an_adapter(places):
         ('{"format": 2}', "is of format 2"),
         (
             '{"format": 1, "model": 3, "data": null}',
-            "tell model, method, settings, args",
+            "does not tell model, method, settings, args",
         ),
     ],
 )

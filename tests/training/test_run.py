@@ -20,11 +20,12 @@ from transformers import AutoModel
 
 from tests.conftest import make_tiny_tower
 from tests.dual_encoders import save_dual_encoder
-from tests.training.conftest import refine
+from tests.training.conftest import refine, save_images
 from unirefiner_hf.data.images import ImageError
 from unirefiner_hf.export.merge import merge
 from unirefiner_hf.export.run_folder import ASKED, STAGING
 from unirefiner_hf.loading.backbone import BackboneError
+from unirefiner_hf.loading.processor import ProcessorError
 from unirefiner_hf.modeling.errors import UniRefinerError
 from unirefiner_hf.modeling.text_side import load_text_side
 from unirefiner_hf.training import checkpoints
@@ -408,10 +409,17 @@ def test_a_tower_not_in_the_table_is_refused(arguments, tmp_path, tower_folder):
         refine(*arguments(model={"model": str(tmp_path / "swin")}))
 
 
+def test_a_run_does_not_lie_among_its_images(arguments, tmp_path):
+    folder = save_images(tmp_path / "photos", 2)
+    with pytest.raises(RunError, match="photos, the folder of the images"):
+        refine(*arguments(data={"data": str(folder)}, output_dir=str(folder)))
+    assert not (folder / "run.json").exists()
+
+
 def test_a_tower_without_its_processor_is_refused(arguments, tmp_path):
     make_tiny_tower("vit").save_pretrained(tmp_path / "private-vit")
     with pytest.raises(
-        BackboneError, match="private-vit has no usable preprocessor_config"
+        ProcessorError, match="private-vit has no usable preprocessor_config"
     ):
         refine(*arguments(model={"model": str(tmp_path / "private-vit")}))
 

@@ -556,7 +556,7 @@ def test_save_model_leaves_what_refine_leaves(trainer, args, tmp_path, image_fol
     with torch.no_grad():
         expected = made.refined.eval()(pixels).last_hidden_state
     tokens = torch.load(tmp_path / "x.pt", weights_only=True)
-    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_save_model_twice_and_into_two_folders(trainer, tmp_path):

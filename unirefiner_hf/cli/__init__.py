@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UniRefinerError
-from .output import add_output_options, as_asked, glued, tell
+from ..outputs import UnwrittenError
+from .output import add_output_options, as_asked, glued, show, tell
 from .parser import Parser, UsageError, dashed
 
 COMMANDS = {
@@ -79,8 +80,12 @@ def _run(words: list[str]) -> int:
     add_output_options(parser)
     arguments = parser.parse(words)
     arguments.parser = parser
-    with as_asked(arguments):
-        result = module.run(arguments)
+    try:
+        with as_asked(arguments):
+            result = module.run(arguments)
+    except UnwrittenError as problem:
+        show(problem.result, arguments)
+        raise
     if result is None:
         return 0
     tell(result, arguments)

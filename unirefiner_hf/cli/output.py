@@ -126,22 +126,29 @@ def _silence() -> Iterator[None]:
 
 
 def tell(result: Told, arguments: argparse.Namespace) -> None:
-    """Print a result, or where it is, and write its page and its JSON."""
+    """Print a result, or where it is; then write its page and its JSON.
+
+    In this order: what cannot be written is on the terminal.
+    """
+    show(result, arguments)
+    if arguments.json not in (None, STDOUT):
+        write_json(arguments.json, result.to_dict())
     if arguments.html is not None:
         if not hasattr(result, "save_html"):
             raise UsageError("--html: the result of this command makes no page.")
         result.save_html(arguments.html)
+
+
+def show(result: Told, arguments: argparse.Namespace) -> None:
+    """Print a result as JSON, as text, or only where it is."""
     if arguments.json == STDOUT:
-        print(json.dumps(result.to_dict(), indent=2))
-        return
-    if arguments.json is not None:
-        write_json(arguments.json, result.to_dict())
-    if not arguments.quiet:
-        print(result)
+        print(json.dumps(result.to_dict(), indent=2), flush=True)
+    elif not arguments.quiet:
+        print(result, flush=True)
     elif isinstance(result, os.PathLike):
-        print(os.fspath(result))
+        print(os.fspath(result), flush=True)
     elif hasattr(result, "url"):
-        print(result.url)
+        print(result.url, flush=True)
 
 
 def note(text: str, arguments: argparse.Namespace) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..errors import UniRefinerError
-from .images import list_images, load_rgb
+from ..modeling.files import read_json
+from .folders import HIDDEN, LOCKED, Contents, check_images, look_through
+from .images import ImageError, decoding, load_upright, opened, orientation, turned
 from .layouts import IGNORE, LAYOUTS
 from .tables import load_table, source_of
 
@@ -30,25 +31,34 @@ class LabelledImages:
     Attributes:
         names: of the pairs, for messages.
         read_image: number -> what `load_rgb` takes.
-        read_map: number -> array ``(height, width)``.
+        read_map: number -> array ``(height, width)``, and whether it was turned by an
+            EXIF orientation of its own.
     """
 
     names: Sequence[str]
     read_image: Callable[[int], Any]
-    read_map: Callable[[int], np.ndarray]
+    read_map: Callable[[int], tuple[np.ndarray, bool]]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def pair(self, number: int) -> tuple[Image.Image, np.ndarray]:
-        """Image and map of one size.
+        """Image and map of one size, upright.
+
+        A map without an EXIF orientation of its own is taken to lie over the image as it is
+        stored, and turned with it, unless its size fits the upright image alone.
 
         Raises:
             ImageError: the image cannot be read.
             LabelError: the map cannot be read, or is of another size.
         """
-        image = load_rgb(self.read_image(number), self.names[number])
-        label = self.read_map(number)
+        image, turn = load_upright(self.read_image(number), self.names[number])
+        label, upright = self.read_map(number)
+        stored = (
+            (image.width, image.height) if turn >= 5 else (image.height, image.width)
+        )
+        if not upright and label.shape == stored:
+            label = turned(label, turn)
         if label.shape != (image.height, image.width):
             shape = "x".join(map(str, label.shape[::-1]))
             raise LabelError(
@@ -211,14 +221,24 @@ def pair_folders(
     Raises:
         LabelError: an image without label (names it), or a listed name without image.
     """
-    paths = {_key(path, images, image_ending): path for path in list_images(images)}
+    contents = look_through(images)
+    check_images(contents)
     if not labels.is_dir():
         raise LabelError(f"{labels}: there is no such folder of labels.")
-    found = {
-        _key(path, labels, label_ending): path
-        for path in sorted(labels.rglob("*"))
-        if path.suffix.lower() in MAP_SUFFIXES and path.stem.endswith(label_ending)
-    }
+    maps = look_through(labels)
+    if listed is None:
+        _check_whole(contents)
+        _check_whole(maps)
+    paths = _by_key(contents.images, images, image_ending)
+    found = _by_key(
+        [
+            path
+            for path in maps.files
+            if path.suffix.lower() in MAP_SUFFIXES and path.stem.endswith(label_ending)
+        ],
+        labels,
+        label_ending,
+    )
     names = sorted(paths) if listed is None else list(listed)
     for held, folder in ((paths, images), (found, labels)):
         missing = [name for name in names if name not in held]
@@ -230,8 +250,27 @@ def pair_folders(
     return LabelledImages(
         [paths[name].relative_to(images).as_posix() for name in names],
         lambda number: paths[names[number]],
-        lambda number: read_map(found[names[number]]),
+        lambda number: read_map(found[names[number]], found[names[number]].name),
     )
+
+
+def _by_key(paths: Sequence[Path], folder: Path, ending: str) -> dict[str, Path]:
+    keyed: dict[str, Path] = {}
+    for path in paths:
+        other = keyed.setdefault(_key(path, folder, ending), path)
+        if other is not path:
+            raise LabelError(
+                f"{folder} holds both {other.name} and {path.name}: files are paired by "
+                "their names without endings, so leave one of them out."
+            )
+    return keyed
+
+
+def _check_whole(contents: Contents) -> None:
+    """Refuse to measure on a part of a folder."""
+    for name, reason in {**contents.passed_over, **contents.left_out}.items():
+        if name in contents.left_out and reason != HIDDEN or reason.startswith(LOCKED):
+            raise LabelError(f"{contents.folder}: {name} cannot be used: {reason}.")
 
 
 def _key(path: Path, folder: Path, ending: str) -> str:
@@ -239,19 +278,22 @@ def _key(path: Path, folder: Path, ending: str) -> str:
     return relative.removesuffix(ending)
 
 
-def read_map(file: Path) -> np.ndarray:
+def read_map(source: Path | bytes | Image.Image, name: str) -> tuple[np.ndarray, bool]:
     """Values of a label or depth map as they are; of a palette image, the indices.
 
+    Returns:
+        The values, and whether they were turned by the file's EXIF orientation.
+
     Raises:
-        LabelError: not a map with one value a pixel.
+        LabelError: the file cannot be read.
     """
-    try:
-        if file.suffix == ".npy":
-            return np.load(file, allow_pickle=False)
-        with Image.open(file) as opened:
-            return np.asarray(opened)
-    except (OSError, ValueError) as problem:
-        raise LabelError(f"{file.name}: cannot be read ({problem}).") from None
+    if isinstance(source, Path) and source.suffix.lower() == ".npy":
+        with decoding(name, LabelError):
+            return np.load(source, allow_pickle=False), False
+    with opened(source, name, LabelError) as image, decoding(name, LabelError):
+        turn = orientation(image)
+        image.load()
+        return np.asarray(ImageOps.exif_transpose(image)), turn != 1
 
 
 def _has_splits(root: Path) -> bool:
@@ -287,12 +329,22 @@ def _pair_columns(
             raise LabelError(
                 f"{name} has no column {column!r}; it has {', '.join(table.column_names)}."
             )
-    if isinstance(table.features[image_column], datasets.Image):
-        table = table.cast_column(image_column, datasets.Image(decode=False))
+    encoded = isinstance(table.features[label_column], datasets.Image)
+    encoded = encoded and table.format["type"] is None
+    for column in (image_column, label_column) if encoded else (image_column,):
+        if isinstance(table.features[column], datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
 
-    def read(number: int) -> np.ndarray:
+    def read(number: int) -> tuple[np.ndarray, bool]:
         value = table[number][label_column]
-        return np.asarray(value)
+        if not encoded:
+            return np.asarray(value), False
+        name = f"{names[number]}, {label_column}"
+        try:
+            source = source_of(value)
+        except ImageError as problem:
+            raise LabelError(f"{name}: {problem}") from None
+        return read_map(Path(source) if isinstance(source, str) else source, name)
 
     names = [f"{name}[{number}]" for number in range(len(table))]
     return LabelledImages(
@@ -325,7 +377,13 @@ def class_labels(
     elif num_classes is not None:
         names = tuple(map(str, range(num_classes)))
     elif file is not None and file.is_file():
-        names = tuple(json.loads(file.read_text())["classes"])
+        told = read_json(file).get("classes")
+        if not isinstance(told, list) or not all(isinstance(n, str) for n in told):
+            raise LabelError(
+                f'{file} lists no classes: write {{"classes": [names]}} into it, in the '
+                "order of the labels."
+            )
+        names = tuple(told)
     else:
         raise LabelError(
             f"Nothing says how many classes {'the set' if held else data} has: set "

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import ImageError, load_rgb, preprocess
+from .images import ImageError, load_rgb
+from .left_out import reason_of
+from .pixels import PixelReading
+from .report import DataReport
 
 Sample = dict[str, Any]
-
-
-@dataclass
-class DataReport:
-    """What was found and what was left out.
-
-    Attributes:
-        source: the folder's name or the data set's id, never a whole path.
-        total: images found; None where a stream does not tell.
-        skipped: name -> reason of the images left out so far.
-    """
-
-    source: str
-    total: int | None
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def used(self) -> int | None:
-        """Images that are trained on."""
-        return None if self.total is None else self.total - len(self.skipped)
 
 
 @dataclass(frozen=True)
@@ -40,18 +23,17 @@ class ToPixels:
     """Image to normalised pixels ``(3, height, width)``."""
 
     size: tuple[int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
+    reading: PixelReading
 
     def __call__(self, source: Any, name: str) -> Tensor:
-        return preprocess(load_rgb(source, name), self.size, self.mean, self.std)
+        return self.reading(load_rgb(source, name), self.size)
 
 
 class RefinementImages(Dataset):
     """Images by number; one that turns out unreadable is replaced by the next.
 
-    Batches keep their size that way, on every process. The replaced image is named in the
-    sample's ``skipped``, so nothing is left out in silence.
+    Batches keep their size that way, on every process. The replaced image stands in the
+    sample's ``skipped``, as (name, reason), so nothing is left out in silence.
     """
 
     def __init__(
@@ -72,20 +54,22 @@ class RefinementImages(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        skipped: list[str] = []
+        skipped: list[tuple[str, str]] = []
         for offset in range(len(self)):
             number = (index + offset) % len(self)
+            name = self.names[number]
             try:
-                pixels = self.to_pixels(self.read(number), self.names[number])
+                pixels = self.to_pixels(self.read(number), name)
             except ImageError as problem:
-                skipped.append(str(problem))
+                skipped.append((name, reason_of(problem, name)))
                 continue
             return {"pixel_values": pixels, "skipped": skipped}
-        raise ImageError(f"None of the {len(self)} images can be read: {skipped[0]}")
+        first = ": ".join(skipped[0])
+        raise ImageError(f"None of the {len(self)} images can be read: {first}")
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Stack the pixels; join the names of what was skipped; where a stream's batch ends."""
+    """Stack the pixels; join what was skipped; where a stream's batch ends."""
     pixels = [torch.as_tensor(sample["pixel_values"]) for sample in samples]
     skipped = [entry for sample in samples for entry in sample["skipped"]]
     batch = {"pixel_values": torch.stack(pixels), "skipped": skipped}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
@@ -25,7 +26,9 @@ from torch.utils.data._utils import worker as loader_worker
 
 from ..modeling.errors import UniRefinerError
 from .images import ImageError
-from .samples import DataReport, Sample, ToPixels
+from .left_out import reason_of
+from .report import DataReport
+from .samples import Sample, ToPixels
 from .tables import source_of
 
 Lane: TypeAlias = tuple[int, int]
@@ -61,6 +64,8 @@ class StreamPosition:
 
 class RefinementStream(IterableDataset):
     """One process's share of a shuffled stream; unusable images are passed over.
+
+    Each is named once, in the first pass, with the reader that met it and the row.
 
     A data set is shared out by its files where their number divides by the processes,
     else image by image. A pick of `max_images` is the same for any number of processes:
@@ -147,7 +152,7 @@ class RefinementStream(IterableDataset):
 
     def first(self, number: int) -> list[Tensor]:
         """Pixels of the stream's first images, the same on every process."""
-        rows = (self._decode(row, n) for n, row in enumerate(self.whole))
+        rows = (self._decode(row, str(n)) for n, row in enumerate(self.whole))
         found = (pixels for pixels in rows if isinstance(pixels, Tensor))
         return list(islice(found, number))
 
@@ -186,17 +191,21 @@ class RefinementStream(IterableDataset):
             process, every = 0, 1
         start = self.positions.get(lane, StreamPosition(0, 0, *lane, readers))
         epoch, begin = start.epoch, start.row
-        skipped: list[str] = []
+        skipped: list[tuple[str, str]] = []
         while True:
             if not self.fixed:
                 table.set_epoch(epoch)
-            usable = 0
+            usable, failed = 0, "it is empty"
             for number, row in enumerate(_rows(table, reader, readers)):
                 if number < begin or number % every != process:
                     continue
-                pixels = self._decode(row, number)
+                name = self._name(row, number, lane)
+                pixels = self._decode(row, name)
                 if isinstance(pixels, str):
-                    skipped.append(pixels)
+                    # A later pass meets the same images: each counts once.
+                    if epoch == 0:
+                        skipped.append((name, pixels))
+                    failed = f"{name}: {pixels}"
                     continue
                 usable += 1
                 position = StreamPosition(epoch, number + 1, *lane, readers)
@@ -209,19 +218,26 @@ class RefinementStream(IterableDataset):
             if not self.endless:
                 return
             if not usable and not begin:
-                reason = skipped[0] if skipped else "it is empty"
                 raise ImageError(
-                    f"{self.report.source}: no image of the stream can be used: {reason}"
+                    f"{self.report.source}: no image of the stream can be used: {failed}"
                 )
             epoch, begin = epoch + 1, 0
 
-    def _decode(self, row: dict[str, Any], number: int) -> Tensor | str:
+    def _name(self, row: dict[str, Any], number: int, lane: Lane) -> str:
+        """What a row is called: its place, whoever reads it, and its file if it has one."""
+        cell = row[self.image_column]
+        file = cell.get("path") if isinstance(cell, dict) else None
+        said = f"row {number} of reader {lane[1]} of process {lane[0]}"
+        if isinstance(file, str):
+            said = f"{Path(file).name}, {said}"
+        return f"{self.report.source} ({said})"
+
+    def _decode(self, row: dict[str, Any], name: str) -> Tensor | str:
         """The pixels, or what is wrong with them."""
-        name = f"{self.report.source} (number {number} of the stream)"
         try:
             return self.to_pixels(source_of(row[self.image_column]), name)
         except ImageError as problem:
-            return str(problem)
+            return reason_of(problem, name)
 
 
 class _Batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,33 +12,29 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .images import MIN_SIDE, ImageError, list_images
-from .samples import DataReport, RefinementImages, ToPixels
+from .images import ImageError, decoding, image_size
+from .left_out import left_out_lines, reason_of
+from .pixels import PixelReading
+from .report import DataReport
+from .samples import RefinementImages, ToPixels
+from .sources import TEXT, holds_tables, images_of_folder, images_of_table
 from .streams import RefinementStream
-from .tables import (
-    FORMS,
-    FormError,
-    builder_of,
-    check_split,
-    is_saved,
-    load_table,
-    source_of,
-    unread,
-)
+from .tables import FORMS, FormError, load_table, unread
 
 SHUFFLE_BUFFER = 1000
+DECODERS_RAISE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What a data set that opens its images itself may raise of a damaged one."""
 SOURCES = (
     "a folder of images, a parquet, arrow or WebDataset file, a folder saved by datasets, a "
     "Hub id, a datasets.Dataset or IterableDataset, or a torch Dataset of PIL images"
 )
 
 
-def open_images(
+def open_training_images(
     data: Any,
     *,
     image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    reading: PixelReading,
     split: str = "train",
     config_name: str | None = None,
     image_column: str = "image",
@@ -49,12 +44,13 @@ def open_images(
     process: int = 0,
     processes: int = 1,
 ) -> RefinementImages | RefinementStream:
-    """Open unlabelled images.
+    """Open the images of a training run.
 
     Args:
         data: see `SOURCES`. Items of a torch `Dataset` are PIL images, dicts with
             `image_column`, or tuples whose first part is the image.
         image_size: height and width in pixels.
+        reading: of pixels, as the backbone takes them.
         split, config_name, streaming: of a name or path; a data set in memory has its own.
         max_images: a random subset of this size, the same for the same seed. Every
             subset is equally likely; of a stream it is drawn on the way, from up to ten
@@ -62,14 +58,15 @@ def open_images(
         process, processes: whose share of a stream; images are shared out by samplers.
 
     Returns:
-        The images, each ``{"pixel_values": (3, height, width), "skipped": [names]}``, with
-        a `DataReport` as attribute ``report``.
+        The images, each ``{"pixel_values": (3, height, width), "skipped": [...]}`` with the
+        (name, reason) of what was left out, and a `DataReport` as attribute ``report``.
 
     Raises:
         ImageError: nothing there, nothing readable, no such split or column, or items of
             a form that is not taken.
     """
-    to_pixels = ToPixels(image_size, tuple(mean), tuple(std))
+    to_pixels = ToPixels(image_size, reading)
+    report = DataReport("", None)
     if not isinstance(data, (str, Path)):
         _check_in_memory(split, config_name, streaming)
         if not isinstance(data, (datasets.Dataset, datasets.IterableDataset)):
@@ -83,10 +80,9 @@ def open_images(
         if not str(data).strip():
             raise ImageError(f"data is empty: give {SOURCES}.")
         path, name = Path(data).expanduser(), _short(str(data))
-        if path.is_dir() and builder_of(path) is None and not is_saved(path):
+        if path.is_dir() and not holds_tables(path):
             if streaming:
                 raise ImageError(f"{path.name}: a folder of images is not streamed.")
-            check_split(split, path.name)
             for option, value, default in (
                 ("data_config", config_name, None),
                 ("image_column", image_column, "image"),
@@ -95,28 +91,26 @@ def open_images(
                     raise unread(
                         option, value, path.name, "a folder of images has none"
                     )
-            return _open_folder(path, to_pixels, max_images, seed)
-        table = load_table(str(data), config_name, split, streaming)
+            return _open_folder(path, split, to_pixels, max_images, seed)
+        table = load_table(str(data), config_name, split, streaming, report)
+    report.source = name
     _check_column(table, name, image_column)
-    if table.features is not None:
-        table = table.cast_column(image_column, datasets.Image(decode=False))
     if streaming:
+        if table.features is not None:
+            table = table.cast_column(image_column, datasets.Image(decode=False))
         table = table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        report = DataReport(name, max_images)
+        if max_images is not None:
+            report.total = max_images + len(report.skipped)
         return RefinementStream(
             table, image_column, to_pixels, report, max_images, process, processes
         )
-    table = table.with_format(None).select_columns([image_column])
     if not len(table):
         raise ImageError(f"{name} has no rows: there is no image to train on.")
+    opened = images_of_table(table, image_column, lambda row: f"{name}[{row}]")
     if max_images is not None:
-        table = table.select(subset(len(table), max_images, seed))
-    names = [f"{name}[{number}]" for number in range(len(table))]
-
-    def read(number: int) -> Any:
-        return source_of(table[number][image_column])
-
-    return RefinementImages(names, read, to_pixels, DataReport(name, len(table)))
+        opened = opened.pick(subset(len(opened), max_images, seed))
+    report.total = len(opened) + len(report.skipped)
+    return RefinementImages(opened.names, opened.read, to_pixels, report)
 
 
 def _check_in_memory(split: str, config_name: str | None, streaming: bool) -> None:
@@ -142,8 +136,7 @@ def _check_column(table: Any, name: str, column: str) -> None:
         )
     feature = None if features is None else features[column]
     taken = isinstance(feature, datasets.Image) or (
-        isinstance(feature, datasets.Value)
-        and feature.dtype in ("string", "large_string", "binary", "large_binary")
+        isinstance(feature, datasets.Value) and feature.dtype in TEXT
     )
     # A struct of bytes and path is what an image looks like before it is cast.
     if feature is not None and not taken and not isinstance(feature, dict):
@@ -176,10 +169,9 @@ def _open_indexed(
     def read(number: int) -> Any:
         try:
             item = data[picked[number]]
-        except (OSError, SyntaxError) as problem:
-            raise ImageError(
-                f"{kind}[{picked[number]}]: cannot be decoded ({problem})."
-            ) from problem
+        except DECODERS_RAISE as problem:
+            with decoding(f"{kind}[{picked[number]}]"):
+                raise problem
         return _image_of(item, kind, image_column)
 
     try:
@@ -224,39 +216,40 @@ def _name_of(table: Any) -> str:
 
 
 def _open_folder(
-    folder: Path, to_pixels: ToPixels, max_images: int | None, seed: int
+    folder: Path, split: str, to_pixels: ToPixels, max_images: int | None, seed: int
 ) -> RefinementImages:
-    paths = list_images(folder)
-    names = [path.relative_to(folder).as_posix() for path in paths]
+    opened = images_of_folder(folder, split)
     if max_images is not None:
-        picked = subset(len(paths), max_images, seed)
-        paths, names = [paths[i] for i in picked], [names[i] for i in picked]
+        opened = opened.pick(subset(len(opened), max_images, seed))
     with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(_header_problem, paths))
-    skipped = {n: p for n, p in zip(names, problems, strict=True) if p is not None}
+        problems = list(
+            pool.map(
+                _header_problem, map(opened.read, range(len(opened))), opened.names
+            )
+        )
+    bad = {n: p for n, p in zip(opened.names, problems, strict=True) if p is not None}
     kept = [i for i, problem in enumerate(problems) if problem is None]
     if not kept:
-        listed = "; ".join(
-            f"{name}: {reason}" for name, reason in list(skipped.items())[:3]
-        )
+        lines = " ".join(left_out_lines(bad)[:3])
         raise ImageError(
-            f"{folder.name}: none of {len(names)} images can be used. {listed}"
+            f"{folder.name}: none of {len(opened)} images can be used. {lines}"
         )
-    report = DataReport(folder.name, len(names), skipped)
-    files = [paths[i] for i in kept]
-    names = [names[i] for i in kept]
-    return RefinementImages(names, files.__getitem__, to_pixels, report)
+    report = DataReport(
+        source=folder.name,
+        total=len(opened) + len(opened.left_out),
+        skipped={**opened.left_out, **bad},
+        passed_over=dict(opened.passed_over),
+    )
+    opened = opened.pick(kept)
+    return RefinementImages(opened.names, opened.read, to_pixels, report)
 
 
-def _header_problem(path: Path) -> str | None:
+def _header_problem(path: Path, name: str) -> str | None:
     """Why the file's header rules it out; decoding is left to training."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception as problem:
-        return f"not an image ({type(problem).__name__})"
-    if min(width, height) < MIN_SIDE:
-        return f"{width}x{height} pixels, shorter than {MIN_SIDE}"
+        image_size(path, name)
+    except ImageError as problem:
+        return reason_of(problem, name)
     return None
 
 

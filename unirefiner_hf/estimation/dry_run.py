@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..loading.arguments import both_sides
 from ..methods.objective import (
     COMPOSITES,
     CROPS,
@@ -101,7 +102,7 @@ def dry_step(
     model: UniRefinerModel,
     settings: MethodSettings,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     batch: int,
     register_factor: int = 32,
     progress: float = 1.0,
@@ -118,7 +119,7 @@ def dry_step(
         model: the register model, made trainable by the method; on the meta device, so
             that nothing is in memory. Moved to fake tensors in place.
         settings: of the method.
-        image_size: side of the images, pixels.
+        image_size: of the images, pixels: a side, or height and width.
         batch: images a step.
         progress: as for the objective.
         autocast: type of mixed precision, None for none.
@@ -132,20 +133,22 @@ def dry_step(
     meter = _Meter()
     with _no_cached_tensors(), FakeTensorMode(), meter:
         model._apply(_without_data)
-        objective = _built(model, settings, image_size, register_factor).train()
+        height, width = both_sides(image_size)
+        reference = torch.empty(1, 3, height, width)
+        objective = _built(model, settings, reference, register_factor).train()
         if checkpointing:
             objective.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         trained = [p for p in objective.parameters() if p.requires_grad]
-        pixels = torch.empty(batch, 3, image_size, image_size)
+        pixels = torch.empty(batch, 3, height, width)
         if gradients_kept:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         mixed = torch.autocast("cpu", autocast, enabled=autocast is not None)
         with _kernels(norms_in_float32=as_on_gpu):
             with mixed:
-                objective.prepare(image_size, image_size)
+                objective.prepare(height, width)
                 meter.start(objective, pixels)
                 loss = objective(pixels, progress)["loss"]
             meter.backward = True
@@ -165,10 +168,12 @@ def dry_step(
 
 
 def _built(
-    model: UniRefinerModel, settings: MethodSettings, size: int, register_factor: int
+    model: UniRefinerModel,
+    settings: MethodSettings,
+    reference: Tensor,
+    register_factor: int,
 ) -> Objective:
     """The objective; of what surrounds it, it alone keeps what it reads."""
-    reference = torch.empty(1, 3, size, size)
     given = Surroundings(reference, register_factor, white=torch.empty(3))
     return settings.objective().build(model, settings, given)
 

@@ -55,7 +55,7 @@ class Estimate(Result):
 
     Attributes:
         name: of the backbone; `config` its own.
-        image_size: side of the images, pixels.
+        image_size: height and width of the images, pixels.
         batch: images a step and device.
         precision: ``bf16``, or ``float32`` without mixed precision.
         strategy: how the devices share; None of one alone.
@@ -73,7 +73,7 @@ class Estimate(Result):
 
     name: str
     config: PreTrainedConfig
-    image_size: int
+    image_size: tuple[int, int]
     batch: int
     precision: str
     device: Device
@@ -110,11 +110,12 @@ class Estimate(Result):
         """Backbone, devices and batch."""
         config = self.config
         where = f"one {self.device.name}"
+        sides = " x ".join(map(str, dict.fromkeys(self.image_size)))
         if self.strategy:
             where = f"{self.devices} x {self.device.name}, {self.strategy}"
         return (
             f"{self.name}: {config.model_type}, {config.num_hidden_layers} layers of "
-            f"{config.hidden_size}, {self.image_size} px, {self.precision}; batch "
+            f"{config.hidden_size}, {sides} px, {self.precision}; batch "
             f"{self.batch} on {where}"
         )
 
@@ -126,6 +127,7 @@ class Estimate(Result):
             "gpu": self.device.name,
             "gpus": self.devices,
             "strategy": self.strategy,
+            "image_size": list(self.image_size),
             "parameters": {"frozen": cost.base, "trained": cost.trainable},
             "tokens": cost.tokens,
             "flops": {part: sum(count.values()) for part, count in cost.flops.items()},

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..data.labelled import IGNORE
+from ..data.pixels import PixelReading
 
 TRIES = 10
 """Crops drawn before one that a single class fills is taken as it is."""
@@ -107,10 +107,6 @@ def resize_labels(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return label[rows[:, None], columns[None, :]]
 
 
-def normalised(
-    pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Tensor:
+def normalised(pixels: np.ndarray, reading: PixelReading) -> Tensor:
     """``(height, width, 3)`` in [0, 255] to ``(3, height, width)``; NaN becomes 0."""
-    values = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255
-    values = (values - torch.tensor(mean)) / torch.tensor(std)
-    return values.nan_to_num(0.0).permute(2, 0, 1).contiguous()
+    return reading.normalised(pixels).nan_to_num(0.0)

@@ -14,14 +14,17 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..data.pixels import PixelReading
 from ..export.card import written_method
 from ..export.run_folder import MERGED, is_run, recorded_method
-from ..loading.backbone import load_processor, normalisation, takes_final_norm
+from ..loading.backbone import takes_final_norm
+from ..loading.processor import load_processor, pixel_reading
 from ..loading.starter import NAME as STARTER
 from ..loading.starter import starter_tower
 from ..methods.registry import current_name, guessed_name, is_control, title_of
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.errors import UniRefinerError
+from ..modeling.files import check_finite
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.towers import load_tower, tower_config
 
@@ -41,7 +44,7 @@ class Checkpoint:
     Attributes:
         name: how tables call it.
         model: in eval mode while it is measured.
-        mean, std: of each channel, as its image processor normalises.
+        reading: of pixels, as its image processor says.
         register_width: border of register patches it is measured with.
         folder: where its ``evaluation.json`` goes; None for a Hub id or a model in memory.
         method: that made it, as its config or its run says, such as ``unirefiner`` or
@@ -53,8 +56,7 @@ class Checkpoint:
 
     name: str
     model: UniRefinerModel
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    reading: PixelReading
     register_width: int
     folder: Path | None = None
     method: str | None = None
@@ -89,18 +91,41 @@ class Checkpoint:
         """`pixels`, rounded up to whole patches."""
         return -(-pixels // self.patch_size) * self.patch_size
 
+    def check_grid(self, pixels: int) -> None:
+        """Refuse a side too short for measures that compare neighbours.
+
+        Raises:
+            UniRefinerError: it is of a single patch.
+        """
+        if self.side(pixels) < 2 * self.patch_size:
+            raise UniRefinerError(
+                f"size is {pixels}, one patch of {self.patch_size} pixels a side: two are "
+                f"needed to compare, from {self.patch_size + 1} pixels on."
+            )
+
+    def _finite(self, tokens: Tensor) -> Tensor:
+        """Float32 tokens; refuses what is NaN or infinite."""
+        tokens = tokens.float()
+        check_finite(
+            [("tokens", tokens)],
+            f"The tokens of {self.name}",
+            "Nothing can be measured: load it in float32, or look at its weights.",
+        )
+        return tokens
+
     @torch.no_grad()
     def feature_map(self, pixel_values: Tensor) -> Tensor:
         """Patch tokens ``(batch, hidden, rows, columns)`` of the last layer, float32."""
         outputs = self.model(pixel_values, register_width=self.register_width)
-        return outputs.feature_map.float()
+        return self._finite(outputs.feature_map)
 
     @torch.no_grad()
     def tokens_and_summary(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """The feature map, and the pooled token ``(batch, hidden)`` where there is one."""
         outputs = self.model(pixel_values, register_width=self.register_width)
         pooled = outputs.pooler_output
-        return outputs.feature_map.float(), None if pooled is None else pooled.float()
+        features = self._finite(outputs.feature_map)
+        return features, None if pooled is None else self._finite(pooled)
 
 
 Source: TypeAlias = str | Path | Checkpoint | UniRefinerModel
@@ -246,7 +271,7 @@ def load_checkpoint(
     Raises:
         CheckpointMismatchError: a folder without a model, or an object of another kind.
         RunFolderError: the record of a run beside the model cannot be read.
-        BackboneError: no image processor, or one that states no normalisation.
+        ProcessorError: no image processor, or one that cannot be followed.
         UniRefinerError: a name that is neither here nor on the Hub, or an unsupported
             backbone.
     """
@@ -278,12 +303,13 @@ def load_checkpoint(
         short = title_of(method)
     if method is None and config.model_type == UniRefinerConfig.model_type:
         method = guessed_name(model.config.num_register_tokens)
-    mean, std = normalisation(load_processor(location, **options), str(source))
+    reading = pixel_reading(
+        load_processor(location, **options), model.config.vision_config, name or short
+    )
     return Checkpoint(
         name=name or short,
         model=_moved(model, device),
-        mean=mean,
-        std=std,
+        reading=reading,
         register_width=width,
         folder=folder,
         method=method,
@@ -341,8 +367,8 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
                 f"There is no image processor at {processor or origin}: give "
                 f"processing_class. ({problem})"
             ) from problem
-    mean, std = normalisation(processor, "the model in memory")
     config = model.config
+    reading = pixel_reading(processor, config.vision_config, "the model in memory")
     method = _method(config, None)
     if method is None and (config.num_register_tokens or config.register_width):
         method = guessed_name(config.num_register_tokens)
@@ -351,8 +377,7 @@ def _in_memory(model: UniRefinerModel, name: str | None, processor: Any) -> Chec
         or Path(origin).name
         or ("base" if method is None else title_of(method)),
         model=model,
-        mean=mean,
-        std=std,
+        reading=reading,
         register_width=config.register_width,
         method=method,
     )

@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..data.images import default_reference, preprocess
+from ..data.images import default_reference
 from ..data.labelled import ClassLabels, LabelledImages
 from ..modeling.errors import UniRefinerError
 from ..spurious.diagnose import Diagnosis, Yardstick, diagnose
@@ -55,6 +55,7 @@ from ..spurious.settings import FilterSettings
 from .augment import resize_labels
 from .checkpoints import Checkpoint
 from .metric_modules.dense_knn import DenseKnn
+from .metrics import check_measures
 
 SHIFTS = ((0, 1), (1, 0), (1, 2), (2, 1))
 """Shifts in patches, rows and columns, of the views of the shift residual."""
@@ -137,10 +138,11 @@ def measure_cleanliness(
         raise UniRefinerError(
             f"{base.name} was measured on {base.images} images, these are {len(images)}."
         )
+    checkpoint.check_grid(size)
     side, device = checkpoint.side(size), checkpoint.model.device
 
     def pixels(image: Image.Image) -> Tensor:
-        return preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
+        return checkpoint.reading(image, (side, side))
 
     reference = pixels(default_reference())[None].to(device)
     found = _Collected()
@@ -180,6 +182,7 @@ def _summary(checkpoint: Checkpoint, found: _Collected) -> Cleanliness:
     values.update(neighbour_similarity(tokens, torch.cat(found.colours), grid))
     thresholds = [diagnosis.yardstick for diagnosis in found.diagnoses]
     name = checkpoint.name
+    check_measures(name, values)
     return Cleanliness(name, values, len(tokens), fpgp, ah, thresholds, grid)
 
 
@@ -217,8 +220,7 @@ def shift_residual(checkpoint: Checkpoint, image: Image.Image, size: int) -> Ten
     """
     patch, side = checkpoint.patch_size, checkpoint.side(size)
     large = side + 2 * patch
-    mean, std = checkpoint.mean, checkpoint.std
-    pixels = preprocess(image, (large, large), mean, std)
+    pixels = checkpoint.reading(image, (large, large))
     places = [(0, 0), *SHIFTS]
     views = [
         pixels[:, r * patch : r * patch + side, c * patch : c * patch + side]
@@ -322,7 +324,7 @@ def knn_retrieval(
     for number in range(len(images)):
         image, values = images.pair(number)
         values = classes.read(values, images.names[number])
-        pixels = preprocess(image, (side, side), checkpoint.mean, checkpoint.std)
+        pixels = checkpoint.reading(image, (side, side))
         found = checkpoint.feature_map(pixels[None].to(device))[0]
         labels = resize_labels(values, (found.shape[1], found.shape[2]))
         measured.append(metric.measure(found.flatten(1).T, labels.flatten()))

@@ -12,14 +12,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.images import default_reference, preprocess
+from ..data.images import default_reference
+from ..data.left_out import left_out_lines
 from ..modeling.errors import UniRefinerError
 from ..results import Figure, Result, Section, Table
 from ..spurious.diagnose import Diagnosis
 from ..spurious.diagnose import diagnose as find_spurious
 from ..visualize import SPURIOUS_KEY, fit_pca, pca_rgb, scale_rgb, spurious_map
 from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
-from .diagnose import check_size, skipped_notes
+from .diagnose import check_size
 from .inputs import load_pictures
 
 SHARES = {
@@ -53,6 +54,7 @@ class FeatureComparison(Result):
         spurious: of each model, share of the tokens each filter finds, by the base's
             reference thresholds.
         skipped: image -> why it was left out.
+        passed_over: folder or table that was not read -> why.
         sections: of the page, with its pictures.
     """
 
@@ -66,6 +68,7 @@ class FeatureComparison(Result):
     cross_image: tuple[float, float] | None
     spurious: tuple[Mapping[str, float], Mapping[str, float]]
     skipped: Mapping[str, str]
+    passed_over: Mapping[str, str] = field(default_factory=dict)
     sections: Sequence[Section] = field(default=(), repr=False)
 
     @property
@@ -110,6 +113,7 @@ class FeatureComparison(Result):
                 for name, mean in zip(self.images, means, strict=True)
             },
             "skipped": dict(self.skipped),
+            "passed_over": dict(self.passed_over),
         }
 
     def tables(self) -> list[Table]:
@@ -136,7 +140,7 @@ class FeatureComparison(Result):
                 ["image", "mean cosine", "lowest"],
                 each,
                 "Cosine between the two models' tokens of the same patch.",
-                skipped_notes(self.skipped),
+                left_out_lines(self.skipped, self.passed_over),
             ),
         ]
 
@@ -213,11 +217,11 @@ def compare(
         processing_class=processing_class,
         trust_remote_code=trust_remote_code,
     )
+    first.check_grid(size)
     side = first.side(size)
     row, column = _patch_at(click, size, side // first.patch_size)
-    squares = [
-        i.resize((side, side), Image.Resampling.BICUBIC) for i in pictures.images
-    ]
+    resample = first.reading.resample
+    squares = [image.resize((side, side), resample) for image in pictures.images]
     with measuring([first, second]):
         base = _see(first, squares)
         other = _see(second, squares, base.diagnoses)
@@ -235,6 +239,7 @@ def compare(
         cross_image=_cross_image(base, other),
         spurious=(base.shares(), other.shares()),
         skipped=pictures.skipped,
+        passed_over=pictures.passed_over,
     )
     comparison.sections = _sections(comparison, seen, squares)
     return comparison
@@ -274,7 +279,7 @@ def _see(
     device = checkpoint.model.device
 
     def pixels(image: Image.Image) -> Tensor:
-        made = preprocess(image, size, checkpoint.mean, checkpoint.std)
+        made = checkpoint.reading(image, size)
         return made[None].to(device)
 
     reference = pixels(default_reference())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..data.images import preprocess
 from ..data.labelled import LabelError, LabelledImages
+from ..modeling.files import check_finite
 from .augment import distort, normalised, resize_labels
 from .checkpoints import Checkpoint
 from .metric_modules.depth_errors import DepthErrors
@@ -137,7 +137,7 @@ def evaluate_depth(
         image, values = val.pair(number)
         depth = torch.from_numpy(read_depth(values, val.names[number], settings))
         size = (checkpoint.side(image.height), checkpoint.side(image.width))
-        pixels = preprocess(image, size, checkpoint.mean, checkpoint.std)
+        pixels = checkpoint.reading(image, size)
         features = depth_features(checkpoint, pixels[None].to(checkpoint.model.device))
         for head, measured in zip(heads, errors, strict=True):
             with torch.no_grad():
@@ -196,6 +196,11 @@ def _train(
         optimiser.step()
         schedule.step()
     assert head is not None
+    check_finite(
+        head.state_dict().items(),
+        f"The weights of the probe of seed {seed}",
+        "It diverged: lower depth_lr.",
+    )
     return head.eval()
 
 
@@ -232,7 +237,7 @@ def _batches(
             image, values = images.pair(number)
             depth = read_depth(values, images.names[number], settings)
             crop, cut = _training_crop(image, depth, size, settings, random)
-            pixels.append(normalised(crop, checkpoint.mean, checkpoint.std))
+            pixels.append(normalised(crop, checkpoint.reading))
             depths.append(torch.from_numpy(cut))
         stacked = torch.stack(depths)
         if (

@@ -10,6 +10,8 @@ from typing import Any
 from PIL import Image
 
 from ..data.labelled import LabelError, LabelledImages, class_labels, pair_folders
+from ..data.left_out import left_out_lines
+from ..data.sources import InputError
 from ..modeling.errors import UniRefinerError
 from ..results import Figure, Result, Section, Table
 from ..visualize import SPURIOUS_KEY, spurious_map
@@ -26,7 +28,7 @@ from .cleanliness import (
     knn_retrieval,
     measure_cleanliness,
 )
-from .inputs import InputError, Pictures, load_pictures
+from .inputs import Pictures, load_pictures
 from .pictures import component_section
 
 SHOWN = 4
@@ -44,6 +46,7 @@ class Diagnoses(Result):
         own_thresholds: the filters' shares are by each model's own thresholds; else by the
             base's reference thresholds.
         skipped: image -> why it was left out.
+        passed_over: folder or table that was not read -> why.
         sections: of the page, with its pictures.
     """
 
@@ -52,6 +55,7 @@ class Diagnoses(Result):
     size: int
     own_thresholds: bool
     skipped: Mapping[str, str]
+    passed_over: Mapping[str, str] = field(default_factory=dict)
     sections: Sequence[Section] = field(default=(), repr=False)
 
     @property
@@ -66,6 +70,7 @@ class Diagnoses(Result):
             "size": self.size,
             "thresholds": "own" if self.own_thresholds else "base",
             "skipped": dict(self.skipped),
+            "passed_over": dict(self.passed_over),
             "checkpoints": {k: dict(v) for k, v in self.checkpoints.items()},
         }
 
@@ -81,7 +86,8 @@ class Diagnoses(Result):
         by = "each model's own" if self.own_thresholds else "the base's reference"
         caption = f"{self.images} images at {self.size} px; spurious tokens by {by} thresholds."
         heads = ["measure", *self.checkpoints, "clean is"]
-        return [Table(heads, rows, caption, skipped_notes(self.skipped))]
+        notes = left_out_lines(self.skipped, self.passed_over)
+        return [Table(heads, rows, caption, notes)]
 
 
 def diagnose(
@@ -154,6 +160,7 @@ def diagnose(
         size=checkpoints[0].side(size),
         own_thresholds=own_thresholds,
         skipped=pictures.skipped,
+        passed_over=pictures.passed_over,
         sections=sections,
     )
 
@@ -168,11 +175,6 @@ def check_size(size: int) -> None:
         raise UniRefinerError(f"size is {size!r}; it must be 1 or more pixels.")
 
 
-def skipped_notes(skipped: Mapping[str, str]) -> list[str]:
-    """What is said of images that were left out."""
-    return [f"Left out {reason}" for reason in skipped.values()]
-
-
 def _pairs(
     images: Any, labels: str | Path, classes: int | None, pictures: Pictures
 ) -> LabelledImages:
@@ -183,9 +185,6 @@ def _pairs(
         raise LabelError("labels go with a folder of images: their names are compared.")
     pairs = pair_folders(Path(images).expanduser(), Path(labels).expanduser())
     numbers = {name: number for number, name in enumerate(pairs.names)}
-    for name in pictures.names:
-        if name not in numbers:
-            raise LabelError(f"{name}: another image has the same name but its ending.")
     chosen = [numbers[name] for name in pictures.names]
     return LabelledImages(
         pictures.names,

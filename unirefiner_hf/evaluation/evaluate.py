@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 from ..export.result_folder import check_results
 from ..export.run_folder import EVALUATION, read_evaluation
 from ..modeling.errors import UniRefinerError
-from ..outputs import check_folder, write_whole
+from ..outputs import UnwrittenError, check_folder, write_whole
 from .arguments import EvaluationArguments
 from .checkpoints import Source, load_checkpoints, measuring, with_borders
 from .results import Evaluation, write_results
@@ -58,6 +58,7 @@ def evaluate(
         CheckpointMismatchError: see `load_checkpoints`.
         LabelError: data that are not there, or labels that do not fit.
         OutputError: results cannot be written where they should be.
+        UnwrittenError: that shows at the end; its ``result`` is what this would return.
         ExportError: they would take the place of other files there.
     """
     arguments, settings, data = _settle(data, args, protocol, fields)
@@ -80,12 +81,21 @@ def evaluate(
     with measuring(loaded):
         evaluation = measure(measured)
     if is_main():
-        write_results(evaluation, folder)
-        if folder is not None:
-            write_whole(folder / TABLE, evaluation.to_markdown() + "\n")
-        if folder is not None and evaluation.sections:
-            evaluation.save_html(folder / REPORT)
+        try:
+            _write(evaluation, folder)
+        except (OSError, UniRefinerError) as problem:
+            raise UnwrittenError(
+                f"It was measured, and could not be written: {problem}", evaluation
+            ) from problem
     return evaluation
+
+
+def _write(evaluation: Evaluation, folder: Path | None) -> None:
+    write_results(evaluation, folder)
+    if folder is not None:
+        write_whole(folder / TABLE, evaluation.to_markdown() + "\n")
+    if folder is not None and evaluation.sections:
+        evaluation.save_html(folder / REPORT)
 
 
 def _settle(

@@ -10,13 +10,15 @@ The folder holds ``features-00001.safetensors``, ... and ``index.json``, format 
       "method": null, "register_width": 0,
       "size": [224, 224],              height and width every image was resized to
       "dtype": "float16",
-      "mean": [...], "std": [...],     of each channel, as pixels were normalised
+      "mean": [...], "std": [...],     of each channel, for pixels in [0, 1]
+      "resample": "bicubic",           how images were resized
       "version": "0.1.0",              of unirefiner_hf
       "images": [
         {"name": "a/1.jpg", "shard": "features-00001.safetensors", "key": "0",
          "grid": [16, 16], "original_size": [480, 640]}
       ],
-      "skipped": {"a/2.jpg": "a/2.jpg: not an image ..."}
+      "skipped": {"a/2.jpg": "not an image ..."},
+      "passed_over": {"b": "hidden ..."} folders and tables that were not read
     }
 
 A tensor is ``(hidden, rows, columns)``, as the model's ``feature_map``.
@@ -40,15 +42,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..data.images import ImageError, preprocess
+from ..data.images import ImageError
+from ..data.left_out import left_out_lines, reason_of
+from ..data.sources import Images, InputError, open_images
 from ..modeling.errors import UniRefinerError
 from ..modeling.families import image_size_of
 from ..modeling.registers import check_width
 from ..outputs import OutputError, check_folder, put_in_place, write_json
 from ..results import Result, Table
 from .checkpoints import Checkpoint, Source, load_checkpoints, measuring
-from .diagnose import skipped_notes
-from .inputs import Images, InputError, open_images
 
 INDEX, FORMAT = "index.json", "unirefiner_hf features 1"
 SHARD = re.compile(r"\.?features-\d+\.safetensors(\.unfinished)?")
@@ -128,7 +130,7 @@ class Features(Result, Mapping[str, Tensor]):
             ["on disk", f"{size / 1e6:.1f} MB in {len(shards)} files"],
             ["sha256 of the weights", index["weights_sha256"]],
         ]
-        notes = skipped_notes(self.skipped)
+        notes = left_out_lines(self.skipped, self.index.get("passed_over"))
         return [Table(["features", index["model"]], rows, notes=notes)]
 
 
@@ -189,6 +191,8 @@ def extract_features(
     if register_width is not None:
         checkpoint = replace(checkpoint, register_width=register_width)
     index = _new_index(checkpoint, plan)
+    index["skipped"] = dict(opened.left_out)
+    index["passed_over"] = dict(opened.passed_over)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INDEX, index)
     for old in folder.iterdir():
@@ -197,8 +201,11 @@ def extract_features(
     with measuring([checkpoint]):
         _encode(checkpoint, opened, folder, index, plan)
     if not index["images"]:
-        reason = next(iter(index["skipped"].values()))
-        raise InputError(f"None of the {len(opened)} images can be read: {reason}")
+        name = opened.names[0]
+        raise InputError(
+            f"None of the {len(opened)} images can be read: {name}: "
+            f"{index['skipped'][name]}"
+        )
     write_json(folder / INDEX, {**index, "finished": True})
     return Features(folder)
 
@@ -298,11 +305,13 @@ def _new_index(checkpoint: Checkpoint, plan: _Plan) -> dict[str, Any]:
         "register_width": checkpoint.register_width,
         "size": [checkpoint.side(height), checkpoint.side(width)],
         "dtype": plan.dtype,
-        "mean": list(checkpoint.mean),
-        "std": list(checkpoint.std),
+        "mean": list(checkpoint.reading.mean),
+        "std": list(checkpoint.reading.std),
+        "resample": checkpoint.reading.resample.name.lower(),
         "version": __version__,
         "images": [],
         "skipped": {},
+        "passed_over": {},
     }
 
 
@@ -364,10 +373,7 @@ def _encode(
     waiting: list[tuple[str, Image.Image]] = []
 
     def encode() -> None:
-        pixels = [
-            preprocess(picture, size, checkpoint.mean, checkpoint.std)
-            for _, picture in waiting
-        ]
+        pixels = [checkpoint.reading(picture, size) for _, picture in waiting]
         maps = checkpoint.feature_map(torch.stack(pixels).to(checkpoint.model.device))
         for (name, picture), features in zip(waiting, maps.cpu(), strict=True):
             key = str(len(index["images"]))
@@ -387,7 +393,7 @@ def _encode(
         try:
             waiting.append((name, images.load(number)))
         except ImageError as problem:
-            index["skipped"][name] = str(problem)
+            index["skipped"][name] = reason_of(problem, name)
         if len(waiting) == plan.batch:
             encode()
     if waiting:

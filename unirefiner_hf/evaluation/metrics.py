@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +100,23 @@ def scores_of(areas: np.ndarray) -> SegmentationScores:
 def _nanmean(values: np.ndarray) -> float:
     kept = values[~np.isnan(values)]
     return float(kept.mean()) if len(kept) else float("nan")
+
+
+def check_measures(name: str, values: Mapping[str, float]) -> None:
+    """Refuse a measure that is no number: a table must not show it as one.
+
+    Args:
+        name: of the model that was measured.
+
+    Raises:
+        UniRefinerError: names the measures that are NaN or infinite.
+    """
+    broken = [f"{k} = {v}" for k, v in values.items() if not math.isfinite(v)]
+    if broken:
+        raise UniRefinerError(
+            f"{name}: {', '.join(broken)}. Its tokens or the labels tell nothing there: look "
+            "at the images, and at the size they are measured at."
+        )
 
 
 def mean_iou_statistic(areas: np.ndarray) -> Statistic:

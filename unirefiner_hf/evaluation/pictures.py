@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.images import preprocess
 from ..data.labelled import IGNORE, ClassLabels, LabelledImages
 from ..results import Bars, Colour, Figure, Section
 from ..visualize import fit_pca, pca_rgb
@@ -131,7 +130,7 @@ def square_tokens(
     square = (checkpoint.side(size), checkpoint.side(size))
     maps = []
     for image in images:
-        pixels = preprocess(image, square, checkpoint.mean, checkpoint.std)
+        pixels = checkpoint.reading(image, square)
         maps.append(checkpoint.feature_map(pixels[None].to(checkpoint.model.device)))
     stacked = torch.cat(maps).cpu()
     return stacked.flatten(2).transpose(1, 2), (stacked.shape[2], stacked.shape[3])

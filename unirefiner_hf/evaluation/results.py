@@ -26,7 +26,8 @@ The file of a checkpoint, format 1::
               "interval": [0.4, 2.1]     95 %, paired bootstrap over images
             }
           },
-          "missing_controls": []         those a comparison needs and this one lacks
+          "missing_controls": [],        those a comparison needs and this one lacks
+          "absent_classes": []           those no label has, see `Evaluation.absent_note`
         }
       ]
     }
@@ -48,8 +49,10 @@ from ..methods.registry import control_titles
 from ..outputs import write_json
 from ..results import Result, Section, Table
 from .checkpoints import Checkpoint
-from .metrics import Statistic, paired_bootstrap
+from .metrics import Statistic, check_measures, paired_bootstrap
 
+NAMED = 8
+"""Absent classes that a table names."""
 KEY = ("task", "dataset", "split", "metric", "protocol")
 
 
@@ -107,7 +110,14 @@ class EvaluatedCheckpoint:
     def of(
         cls, checkpoint: Checkpoint, measured: Mapping[str, Measured]
     ) -> EvaluatedCheckpoint:
-        """What the table says of a checkpoint; its weights are not kept."""
+        """What the table says of a checkpoint; its weights are not kept.
+
+        Raises:
+            UniRefinerError: a measure is not a finite number.
+        """
+        for name, found in measured.items():
+            for value in found.values:
+                check_measures(checkpoint.name, {name: value})
         return cls(
             checkpoint.name,
             checkpoint.method,
@@ -126,6 +136,7 @@ class Evaluation(Result):
     Attributes:
         images: their number.
         probes: a head was trained for each seed; without, there is one value.
+        absent: names of the classes that no label has.
         sections: of the page, with its pictures.
     """
 
@@ -138,6 +149,7 @@ class Evaluation(Result):
     settings: Mapping[str, Any]
     rows: list[EvaluatedCheckpoint] = field(default_factory=list)
     probes: bool = True
+    absent: Sequence[str] = ()
     sections: Sequence[Section] = field(default=(), repr=False)
 
     def value(self, row: int, metric: Metric) -> tuple[float, float | None, int]:
@@ -206,6 +218,7 @@ class Evaluation(Result):
                     "settings": dict(self.settings),
                     "controls": controls,
                     "missing_controls": self.missing_controls(),
+                    "absent_classes": list(self.absent),
                 }
             )
         return entries
@@ -248,7 +261,18 @@ class Evaluation(Result):
             f"Missing control: {name}. Without it a gain says little."
             for name in self.missing_controls()
         ]
-        return [Table(["", *heads], rows, lead, [*gaps, *missing])]
+        absent = [self.absent_note()] if self.absent else []
+        return [Table(["", *heads], rows, lead, [*gaps, *absent, *missing])]
+
+    def absent_note(self) -> str:
+        """What is said of classes that no label has."""
+        names = ", ".join(self.absent[:NAMED])
+        more = len(self.absent) - NAMED
+        rest = f" and {more} more" if more > 0 else ""
+        return (
+            f"{len(self.absent)} classes have no label in {self.split} and are left out of "
+            f"the means, unless they are predicted, which counts as 0 in mIoU: {names}{rest}."
+        )
 
     def _cell(self, row: int, metric: Metric) -> str:
         value, std, _ = self.value(row, metric)

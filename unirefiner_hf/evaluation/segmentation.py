@@ -14,14 +14,16 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data.images import preprocess
-from ..data.labelled import IGNORE, ClassLabels, LabelledImages
+from ..data.labelled import IGNORE, ClassLabels, LabelError, LabelledImages
+from ..modeling.files import check_finite
 from .augment import CropSettings, normalised, resize_labels, training_crop
 from .checkpoints import Checkpoint
 from .metric_modules.mean_iou import MeanIou
 from .metrics import SegmentationScores
 from .settings import SegmentationSettings
 
+BLIND = 100
+"""Batches without a label that a probe is trained on before it is refused."""
 FAST_SCALE = 4
 """The fast mode trains on labels this many times finer than the token grid."""
 
@@ -115,6 +117,10 @@ def train_head(
     Args:
         batches: features ``(batch, channels, rows, columns)`` and labels ``(batch,
             height, width)``, 255 ignored; class scores are resized to the labels.
+
+    Raises:
+        LabelError: no pixel of the first `BLIND` batches counts.
+        UniRefinerError: the head diverged.
     """
     head.train()
     optimiser = torch.optim.AdamW(
@@ -126,20 +132,43 @@ def train_head(
         optimiser,
         lambda step: learning_rate_share(step, steps, settings.warmup, settings.power),
     )
-    for _ in tqdm(range(steps), desc=title, leave=False, disable=processes()[0] > 0):
+    labelled = torch.zeros((), dtype=torch.long)
+    shown = tqdm(range(steps), desc=title, leave=False, disable=processes()[0] > 0)
+    for step in shown:
         features, labels = next(batches)
         scores = resized(head(features), labels.shape[-2:])
         loss = functional.cross_entropy(
             scores, labels, ignore_index=IGNORE, reduction="sum"
         )
-        loss = loss / (labels != IGNORE).sum().clamp_min(1)
+        counted = (labels != IGNORE).sum()
+        labelled = labelled.to(counted) + counted
+        if step in (min(steps, BLIND) - 1, steps - 1):
+            _check_labelled(labelled, step + 1)
+        loss = loss / counted.clamp_min(1)
         optimiser.zero_grad()
         loss.backward()
         _average_gradients(head)
         optimiser.step()
         schedule.step()
     _share_statistics(head)
+    check_finite(
+        head.state_dict().items(),
+        f"The weights of the {title or 'probe'}",
+        "It diverged: lower probe_lr.",
+    )
     head.eval()
+
+
+def _check_labelled(labelled: Tensor, steps: int) -> None:
+    """Refuse to go on with a probe that saw no label; to be called by every process."""
+    if processes()[1] > 1:
+        labelled = labelled.clone()
+        dist.all_reduce(labelled)
+    if not int(labelled):
+        raise LabelError(
+            f"No pixel of the first {steps} batches has a label that counts: the probe "
+            "learns nothing. Look at the labels of the training split, and at ignore_label."
+        )
 
 
 def resized(scores: Tensor, size: Sequence[int]) -> Tensor:
@@ -241,10 +270,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """Tokens of whole images at one size, in half precision.
+    """Tokens of whole images at one size, in half precision where they fit it.
 
     Attributes:
-        features: ``(images, channels, rows, columns)`` float16.
+        features: ``(images, channels, rows, columns)`` float16; float32 where some are
+            beyond its 65504.
         labels: ``(images, height, width)`` int64 at `FAST_SCALE` times the grid.
     """
 
@@ -282,10 +312,10 @@ def cache_tokens(
     def encode() -> None:
         if pixels:
             stack = torch.stack(pixels).to(device)
-            features.append(checkpoint.feature_map(stack).half().cpu())
+            features.append(_compact(checkpoint.feature_map(stack)))
             if mirrored:
                 flipped_features.append(
-                    checkpoint.feature_map(stack.flip(-1)).half().cpu()
+                    _compact(checkpoint.feature_map(stack.flip(-1)))
                 )
             pixels.clear()
 
@@ -294,7 +324,7 @@ def cache_tokens(
         image, values = images.pair(number)
         whole.append(classes.read(values, images.names[number]))
         size2 = (size, size)
-        pixels.append(preprocess(image, size2, checkpoint.mean, checkpoint.std))
+        pixels.append(checkpoint.reading(image, size2))
         if len(pixels) == batch:
             encode()
     encode()
@@ -302,6 +332,12 @@ def cache_tokens(
     if mirrored:
         labels = torch.cat((labels, labels.flip(-1)))
     return CachedTokens(torch.cat(features + flipped_features), labels), whole
+
+
+def _compact(features: Tensor) -> Tensor:
+    """On the CPU, in float16 where all of them stay finite."""
+    half = features.half()
+    return (half if torch.isfinite(half).all() else features.float()).cpu()
 
 
 def _fast_run(
@@ -371,7 +407,7 @@ class _Crops(Dataset):
         count: int,
     ) -> None:
         self.images, self.classes, self.crops = images, classes, crops
-        self.mean, self.std = checkpoint.mean, checkpoint.std
+        self.reading = checkpoint.reading
         self.seed = seed
         rank, world = processes()
         self.numbers = range(rank, count, world)
@@ -388,7 +424,7 @@ class _Crops(Dataset):
         image, values = self.images.pair(picked)
         label = self.classes.read(values, self.images.names[picked])
         pixels, crop = training_crop(image, label, self.crops, random)
-        return normalised(pixels, self.mean, self.std), torch.from_numpy(crop)
+        return normalised(pixels, self.reading), torch.from_numpy(crop)
 
 
 def _full_run(
@@ -467,7 +503,7 @@ def sliding_scores(
     """
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
-    pixels = preprocess(image, (height, width), checkpoint.mean, checkpoint.std)
+    pixels = checkpoint.reading(image, (height, width))
 
     def score(windows: Tensor) -> list[Tensor]:
         features = checkpoint.feature_map(windows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +12,8 @@ from ..data.labelled import ClassLabels, LabelledImages, class_labels, open_pair
 from ..modeling.errors import UniRefinerError
 from .arguments import EvaluationArguments
 from .checkpoints import Checkpoint
-from .depth import DepthSettings, evaluate_depth
+from .depth import DepthSettings, evaluate_depth, read_depth
+from .ground_truth import LOOKED_AT, check_labels, look_through
 from .metrics import mean_iou_statistic, mean_statistic
 from .pictures import segmentation_sections
 from .results import EvaluatedCheckpoint, Evaluation, Measured, Metric
@@ -55,11 +57,12 @@ def segmentation(
         data: see `open_splits`.
 
     Raises:
-        LabelError: see `open_pairs` and `class_labels`; while it measures, see
-            `ClassLabels.read`.
+        LabelError: see `open_pairs`, `class_labels` and `check_labels`.
     """
     train, val = open_splits(arguments, data)
     classes = _classes(arguments, data, arguments.num_classes)
+    look_through(train.first(LOOKED_AT), classes.read, "labels of the training split")
+    absent = check_labels(val, classes, arguments.val_split)
 
     def measure(checkpoints: Sequence[Checkpoint]) -> Evaluation:
         results = [
@@ -82,6 +85,7 @@ def segmentation(
             metrics=SEGMENTATION_METRICS,
             images=len(val),
             settings={**dataclasses.asdict(settings), "processes": processes()[1]},
+            absent=absent,
         )
         size = settings.crop
         _fill(evaluation, checkpoints, results, val, classes, size, arguments.pictures)
@@ -99,8 +103,7 @@ def zero_shot(
         data: see `open_splits`.
 
     Raises:
-        LabelError: see `open_pairs`, `word_set`, and, while it measures,
-            `ClassLabels.read`.
+        LabelError: see `open_pairs`, `word_set` and `check_labels`.
         TextSideError: while it measures: no checkpoint brings a text encoder.
         ValueError: while it measures: see `protocol_of`.
     """
@@ -113,6 +116,7 @@ def zero_shot(
     if words.background is not None:
         names[words.background] = "background"
     classes = dataclasses.replace(classes, names=tuple(names))
+    absent = check_labels(val, classes, arguments.val_split)
 
     def measure(checkpoints: Sequence[Checkpoint]) -> Evaluation:
         protocol = protocol_of(checkpoints[0], words, settings)
@@ -143,6 +147,7 @@ def zero_shot(
                 "classes": [", ".join(group) for group in words.names],
             },
             probes=False,
+            absent=absent,
         )
         size = protocol.window
         _fill(evaluation, checkpoints, results, val, classes, size, arguments.pictures)
@@ -160,17 +165,20 @@ def depth(
         data: see `open_splits`.
 
     Raises:
-        LabelError: see `open_pairs` and, while it measures, `read_depth`.
-        UniRefinerError: while it measures: several processes.
+        LabelError: see `open_pairs` and `read_depth`.
+        UniRefinerError: several processes.
     """
+    count = processes()[1]
+    if count > 1:
+        raise UniRefinerError(
+            f"Depth probes run on one process, not on {count}: start without a launcher."
+        )
     train, val = open_splits(arguments, data)
+    read = partial(read_depth, settings=settings)
+    look_through(train.first(LOOKED_AT), read, "depths of the training split")
+    look_through(val, read, f"depths of {arguments.val_split}")
 
     def measure(checkpoints: Sequence[Checkpoint]) -> Evaluation:
-        count = processes()[1]
-        if count > 1:
-            raise UniRefinerError(
-                f"Depth probes run on one process, not on {count}: start without a launcher."
-            )
         evaluation = Evaluation(
             task="depth-estimation",
             dataset=name_of(arguments, data),

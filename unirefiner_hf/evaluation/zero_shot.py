@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..data.images import preprocess
 from ..data.labelled import ClassLabels, LabelError, LabelledImages
 from ..modeling.dense_text import check_variant, default_variant, dense_text_features
 from ..modeling.errors import UniRefinerError
@@ -264,7 +263,7 @@ def similarity_map(
     """
     ratio = protocol.side / min(image.size)
     width, height = (max(protocol.side, round(ratio * side)) for side in image.size)
-    pixels = preprocess(image, (height, width), checkpoint.mean, checkpoint.std)
+    pixels = checkpoint.reading(image, (height, width))
 
     def score(windows: Tensor) -> list[Tensor]:
         patches = dense_text_features(

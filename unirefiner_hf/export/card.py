@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
+from ..loading.arguments import both_sides
 from ..methods.registry import method_named, setting_names
 from ..methods.settings import ADAPTER, MethodSettings
 from ..modeling.errors import UniRefinerError
@@ -45,7 +46,7 @@ class CardData:
         license: the base's; None says so in the card and leaves the metadata out.
         family: `model_type` of the backbone.
         layers: of the backbone.
-        image_size: pixels a side.
+        image_size: height and width in pixels.
         register_width: border of the published model, in patches.
         data: the images, in words.
         recipe: setting -> value, as run.
@@ -61,7 +62,7 @@ class CardData:
     license: str | None
     family: str
     layers: int
-    image_size: int
+    image_size: tuple[int, int]
     register_width: int
     data: str
     recipe: Mapping[str, Any]
@@ -157,7 +158,7 @@ def card_from_record(
         license=model["license"],
         family=model["family"],
         layers=model["layers"],
-        image_size=model["image_size"],
+        image_size=both_sides(model["image_size"]),
         register_width=model["register_width"],
         data=f"{used} of {data['source']}",
         recipe=recipe,

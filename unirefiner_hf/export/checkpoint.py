@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import SiglipImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..loading.adapter import is_adapted, merge_adapter, save_adapter
+from ..loading.arguments import both_sides
+from ..loading.processor import resized_processor
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.remote_code import save_remote_code
 from ..modeling.text_side import TextSide
@@ -53,7 +52,7 @@ def export_refined(
     folder: str | os.PathLike[str],
     *,
     image_processor: BaseImageProcessor,
-    image_size: int,
+    image_size: int | tuple[int, int],
     card: CardData,
     images: Mapping[str, Image.Image] | None = None,
     results: Mapping[str, bytes] | None = None,
@@ -76,7 +75,8 @@ def export_refined(
         model: the refined model; its adapter is merged in place.
         folder: appears whole or not at all.
         image_processor: of the base; saved so that it resizes to the refined size.
-        image_size: side of the images the model was refined on, in pixels.
+        image_size: of the images the model was refined on, in pixels: a side, or height
+            and width.
         images: pictures the card shows, by file name.
         results: further files that lie beside the weights, by name.
         text_side: of the base; None leaves it out, as does `native`.
@@ -102,7 +102,8 @@ def export_refined(
         raise ExportError(
             f"max_shard_size is {max_shard_size!r}; write it as 5GB or 500MB."
         )
-    if image_size % model.patch_size:
+    size = both_sides(image_size)
+    if any(side % model.patch_size for side in size):
         raise ExportError(
             f"image_size is {image_size}; it must be a multiple of the patch size "
             f"{model.patch_size}."
@@ -122,7 +123,7 @@ def export_refined(
                 save_remote_code(draft)
                 if text_side is not None:
                     text_side.save(draft, max_shard_size=max_shard_size)
-            resized_processor(image_processor, image_size).save_pretrained(draft)
+            resized_processor(image_processor, size).save_pretrained(draft)
             for name, image in (images or {}).items():
                 image.save(draft / name)
             for name, content in (results or {}).items():
@@ -139,20 +140,3 @@ def export_refined(
             "folder, then merge again; the adapter is unharmed."
         ) from problem
     return folder
-
-
-def resized_processor(processor: BaseImageProcessor, size: int) -> BaseImageProcessor:
-    """A copy that resizes whole images to ``size x size`` pixels, without cropping.
-
-    One that cuts patches (NaFlex) gives way to SigLIP's: the model takes images.
-    """
-    resized: Any = copy.deepcopy(processor)
-    if "max_num_patches" in resized.to_dict():
-        names = ("image_mean", "image_std", "rescale_factor", "resample")
-        resized = SiglipImageProcessorPil(**{n: getattr(resized, n) for n in names})
-    resized.size = {"height": size, "width": size}
-    resized.do_resize = True
-    if hasattr(resized, "do_center_crop"):
-        resized.do_center_crop = False
-        resized.crop_size = {"height": size, "width": size}
-    return resized

@@ -378,5 +378,5 @@ def _register_width(run: RunFolder, asked: int | None, base: Backbone) -> int:
             return recorded[key]
     if not run.settings.has_border:
         return 0
-    side = base.image_size // base.model.patch_size
+    side = min(base.image_size) // base.model.patch_size
     return max(1, side // recorded["register_factor"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data.images import default_reference, preprocess
+from ..data.images import default_reference
 from ..errors import UniRefinerError
 from ..loading.backbone import Backbone
 from ..modeling.modeling_unirefiner import UniRefinerModel
@@ -48,9 +48,8 @@ class ReloadReport:
 
 
 def example_pixels(base: Backbone) -> Tensor:
-    """The reference photograph as the backbone takes it, ``(1, 3, side, side)``."""
-    size = (base.image_size, base.image_size)
-    return preprocess(default_reference(), size, base.mean, base.std).unsqueeze(0)
+    """The reference photograph as the backbone takes it, ``(1, 3, height, width)``."""
+    return base.reading(default_reference(), base.image_size).unsqueeze(0)
 
 
 def encode(model: UniRefinerModel, pixels: Tensor, *, native: bool) -> Tensor:

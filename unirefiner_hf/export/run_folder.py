@@ -13,8 +13,10 @@ from ..loading import adapter as adapter_files
 from ..methods.registry import current_name, method_named, setting_names
 from ..methods.settings import MethodSettings
 from ..modeling.errors import UniRefinerError, WrongKindError
+from ..modeling.files import read_json
+from ..outputs import RECORD
 
-RECORD, METRICS, PICTURE = "run.json", "metrics.json", "before_after.png"
+METRICS, PICTURE = "metrics.json", "before_after.png"
 ADAPTER, MERGED, PUBLISHED, SNAPSHOTS = "adapter", "merged", "published", "snapshots"
 EVALUATION, EVALUATION_FORMAT = "evaluation.json", 1
 """Beside a merged checkpoint."""
@@ -173,19 +175,30 @@ def read_evaluation(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         return []
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     if content.get("format") != EVALUATION_FORMAT:
         raise UniRefinerError(
             f"{file} is of format {content.get('format')!r}, expected "
             f"{EVALUATION_FORMAT}: move it away, or use the version of unirefiner_hf that "
             "wrote it."
         )
-    return content["entries"]
+    entries = content.get("entries")
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise UniRefinerError(f"{file} has no list of entries: move it away.")
+    return entries
 
 
 def read_refiner_state(checkpoint: Path) -> dict[str, Any]:
     """Lazy channels and skipped images a checkpoint recorded."""
-    return json.loads((checkpoint / REFINER_STATE).read_text())
+    state = read_json(checkpoint / REFINER_STATE)
+    kinds = {"lazy_channels": list, "skipped": dict}
+    lacking = [k for k, kind in kinds.items() if not isinstance(state.get(k), kind)]
+    if lacking:
+        raise RunFolderError(
+            f"{checkpoint / REFINER_STATE} lacks {', '.join(lacking)}: go back to another "
+            "checkpoint."
+        )
+    return state
 
 
 def as_path(given: str | os.PathLike[str], name: str) -> Path:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..modeling.errors import UniRefinerError
-from ..modeling.files import read_tensors
+from ..modeling.files import check_finite, read_tensors
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from .unlocked import UnlockedTower
 
@@ -76,12 +76,17 @@ def load_adapter(model: UniRefinerModel, folder: Path) -> None:
 
     Raises:
         CheckpointError: a file is missing, or the adapter belongs to another tower.
-        FileError: a file is damaged.
+        UniRefinerError: a damaged file, or weights that are not finite.
     """
     file = folder / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder.name} holds no {WEIGHTS}.")
     weights = read_tensors(file)
+    check_finite(
+        weights.items(),
+        f"The weights in {file}",
+        "Go back to an earlier checkpoint of the run.",
+    )
     expected = adapter_weights(model.tower)
     wrong = [
         name
@@ -128,11 +133,19 @@ def merge_adapter(model: UniRefinerModel, dtype: torch.dtype = torch.float32) ->
 
     In place: afterwards `model.tower` is the plain tower, on the CPU. Weights that were
     loaded in a lower precision stay as coarse as they are.
+
+    Raises:
+        UniRefinerError: a weight does not fit the type.
     """
     model.cpu().float()
     if is_adapted(model):
         model.tower = model.tower.merge_and_unload()
     model.to(dtype)  # type: ignore[arg-type]
+    check_finite(
+        model.state_dict().items(),
+        f"The merged weights in {str(dtype).removeprefix('torch.')}",
+        "Merge into float32 (or bfloat16, which has its range).",
+    )
     model.config.vision_config = model.tower.config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..errors import require
 from ..modeling.fills import FILLS
@@ -11,6 +11,17 @@ from ..values import check_values
 
 QUANTIZATIONS = ("nf4", "int8")
 BASE_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def both_sides(size: Any) -> tuple[int, int]:
+    """Height and width in pixels: of a side, or of two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def fewest_sides(size: Any) -> int | list[int]:
+    """One side of a square, else height and width; as records and recipes write it."""
+    height, width = both_sides(size)
+    return height if height == width else [height, width]
 
 
 @dataclass
@@ -75,10 +86,10 @@ class BackboneArguments:
             "to be there), eager, ... Unset: transformers chooses, sdpa for every family."
         },
     )
-    image_size: Annotated[int | None, "[1, inf)"] = field(
+    image_size: Annotated[list[int] | None, "[1, inf)"] = field(
         default=None,
         metadata={
-            "help": "Side of the square images in pixels; a multiple of the patch size. "
+            "help": "Side, or height and width, in pixels; multiples of the patch size. "
             "Unset: as in pretraining."
         },
     )
@@ -122,10 +133,21 @@ class BackboneArguments:
 
     def check_backbone(self) -> None:
         """Refuse values outside their range."""
+        given: Any = self.image_size
+        if isinstance(given, tuple) or type(given) is int:
+            given = list(given) if isinstance(given, tuple) else [given]
+            self.image_size = given
         check_values(self, BackboneArguments)
+        listed = self.image_size
         require(
             self,
             "teacher_float8",
             not (self.teacher_float8 and self.base_quantization),
             "false where base_quantization is set",
         )
+        if listed is not None:
+            require(
+                self, "image_size", len(listed) in (1, 2), "a side, or height and width"
+            )
+            # What one side is, is kept as one number.
+            self.image_size = fewest_sides([*listed, listed[0]])  # type: ignore[assignment]

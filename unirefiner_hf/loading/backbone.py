@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..data.pixels import PixelReading
 from ..errors import UniRefinerError, as_users
 from ..modeling.configuration_unirefiner import UniRefinerConfig
 from ..modeling.families import DUAL_ENCODERS, family_of, image_size_of
+from ..modeling.files import check_model
 from ..modeling.modeling_unirefiner import UniRefinerModel
 from ..modeling.text_side import (
     NoTextSideError,
@@ -32,8 +29,9 @@ from ..modeling.text_side import (
     load_text_side,
 )
 from ..modeling.towers import load_tower, tower_config
-from .arguments import BackboneArguments
+from .arguments import BackboneArguments, both_sides
 from .float8 import use_float8
+from .processor import load_processor, pixel_reading
 from .quantized import quantization
 from .starter import LICENSE, NAME, starter_tower
 
@@ -61,18 +59,18 @@ class Backbone:
 
     Attributes:
         name: Hub id, or the last part of a local path; safe to publish.
-        mean, std: of each channel, as the image processor normalises.
+        reading: of pixels, as the image processor says.
+        image_size: height and width in pixels.
         license: as the model's card or the user says; None if neither does.
         text_side: reads the text encoder that is kept; None where none is.
     """
 
     model: UniRefinerModel
     processor: BaseImageProcessor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    reading: PixelReading
     name: str
     license: str | None
-    image_size: int
+    image_size: tuple[int, int]
     text_side: Callable[[], TextSide] | None = field(default=None, compare=False)
 
 
@@ -95,15 +93,17 @@ def load_backbone(
         processor: its image processor; None: from the model's own files.
 
     Raises:
-        BackboneError: the image size is off the patch grid, or unknown; no image processor;
-            the text encoder should be kept and cannot be; or an argument that a model in
-            memory has no use for.
+        BackboneError: the image size is off the patch grid, or unknown; the text encoder
+            should be kept and cannot be; or an argument that a model in memory has no use
+            for.
+        ProcessorError: no image processor, or one that cannot be followed.
         QuantizationError: the base should be quantised, and bitsandbytes is missing.
         UniRefinerError: the backbone is not supported.
     """
     fill, final_norm = args.register_fill, args.final_norm
     if isinstance(model, (str, Path)):
         source, name = backbone_source(model)
+        check_model(source)
         if args.revision is not None and Path(source).is_dir():
             raise BackboneError(
                 f"revision is {args.revision!r}, and {name} is a folder: {IN_MEMORY['revision']}. "
@@ -136,15 +136,14 @@ def load_backbone(
     )
     if args.teacher_float8:
         use_float8(tower)
-    mean, std = normalisation(processor, name)
+    reading = pixel_reading(processor, tower.config, name)
     license_name = args.model_license
     if name == NAME:
         license_name = license_name or LICENSE
     return Backbone(
         model=framed,
         processor=processor,
-        mean=mean,
-        std=std,
+        reading=reading,
         name=name,
         license=license_name or _license(source),
         image_size=image_size(args.image_size, tower.config, framed.patch_size),
@@ -215,13 +214,14 @@ def weightless_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     num_register_tokens: int = 0,
-) -> tuple[UniRefinerModel, str, int]:
+) -> tuple[UniRefinerModel, str, tuple[int, int]]:
     """What `load_backbone` makes of the same, on the meta device: a config is enough.
 
     Frozen layers are neither quantised nor in float8.
 
     Returns:
-        The register model, its backbone's name, and the side of the images in pixels.
+        The register model, its backbone's name, and height and width of the images in
+        pixels.
 
     Raises:
         UniRefinerError: as `load_backbone`, of what the config tells.
@@ -300,49 +300,6 @@ def _counted(attention: str | None) -> str | None:
     return "sdpa" if attention is not None and "flash" in attention else attention
 
 
-def load_processor(source: str, **options: Any) -> Any:
-    """The image processor of a backbone, which tells its normalisation.
-
-    Args:
-        source: folder or Hub id; empty for a model in memory that came from neither.
-        options: of `AutoImageProcessor.from_pretrained`.
-
-    Raises:
-        BackboneError: none there.
-    """
-    if not source:
-        raise BackboneError(
-            "The model was made in memory, so nothing tells how its images are "
-            "normalised: give its image processor as processing_class."
-        )
-    try:
-        with as_users(f"the image processor of {Path(source).name}"):
-            return AutoImageProcessor.from_pretrained(source, **options)
-    except OSError as error:
-        if not Path(source).is_dir():
-            raise
-        raise BackboneError(
-            f"{Path(source).name} has no usable preprocessor_config.json, which tells "
-            "the mean and deviation its images were normalised with. Save the processor "
-            "of its training there: processor.save_pretrained(folder)."
-        ) from error
-
-
-def normalisation(processor: Any, name: str) -> tuple[tuple[float, ...], ...]:
-    """Mean and standard deviation of each channel, as a processor says.
-
-    Raises:
-        BackboneError: it states none.
-    """
-    settings = processor.to_dict() if hasattr(processor, "to_dict") else {}
-    if not settings.get("image_mean") or not settings.get("image_std"):
-        raise BackboneError(
-            f"The image processor of {name} states no image_mean and image_std: add them "
-            "to its preprocessor_config.json."
-        )
-    return tuple(settings["image_mean"]), tuple(settings["image_std"])
-
-
 def takes_final_norm(config: PreTrainedConfig) -> bool:
     """Whether patch tokens go through the last norm unless said otherwise.
 
@@ -351,21 +308,31 @@ def takes_final_norm(config: PreTrainedConfig) -> bool:
     return config.model_type in ("clip_vision_model", "metaclip_2_vision_model")
 
 
-def image_size(asked: int | None, config: PreTrainedConfig, patch: int) -> int:
-    """Side of the images in pixels: the one asked for, or that of the pre-training.
+def image_size(asked: Any, config: PreTrainedConfig, patch: int) -> tuple[int, int]:
+    """Height and width of the images in pixels: asked for, or of the pre-training.
+
+    Args:
+        asked: a side, height and width, or None.
 
     Raises:
-        BackboneError: it does not divide into patches.
+        BackboneError: one of them does not divide into two patches or more.
     """
-    size = image_size_of(config) if asked is None else asked
     if asked is None:
-        size = size // patch * patch
-    if size < patch or size % patch:
-        low = max(patch, size // patch * patch)
-        raise BackboneError(
-            f"image_size is {size}, which does not divide into patches of {patch}: use "
-            f"{low} or {low + patch}."
-        )
+        asked = image_size_of(config) // patch * patch
+    size = both_sides(asked)
+    for side in size:
+        if side == patch:
+            raise BackboneError(
+                f"image_size is {side}, a single patch: use {2 * patch} or more, in steps of "
+                f"{patch}."
+            )
+        if side < patch or side % patch:
+            low = max(2 * patch, side // patch * patch)
+            given = " ".join(map(str, dict.fromkeys(size)))
+            raise BackboneError(
+                f"image_size is {given}, which does not divide into patches of {patch}: use "
+                f"{low} or {low + patch} for {side}."
+            )
     return size
 
 

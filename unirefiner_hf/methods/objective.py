@@ -103,6 +103,12 @@ class Objective(nn.Module):
         Args:
             name: what the adapter's config calls its base.
         """
+        hidden = model.config.vision_config.hidden_size
+        if args.lora_rank > hidden:
+            raise UniRefinerError(
+                f"lora_rank is {args.lora_rank}; the tokens of this backbone have {hidden} "
+                "channels, beyond which a rank adds nothing."
+            )
         model.tower = add_adapter(
             model.tower,
             rank=args.lora_rank,

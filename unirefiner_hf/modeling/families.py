@@ -53,6 +53,8 @@ class TowerFamily:
         no_register_tokens: why learned tokens cannot join its sequence.
         projection: path of the patch embedding, of a tower whose
             ``get_input_embeddings`` does not give it.
+        normalises: config fields of the mean and deviation the tower normalises pixels
+            by itself, which it takes in [0, 1]; None: it takes them normalised.
         dual_encoder: ``model_type`` of image-text checkpoints that hold this tower.
         other_parts: first parts of the weight names in a published checkpoint that
             belong to no part of the tower: the other half, or heads of its training.
@@ -84,6 +86,7 @@ class TowerFamily:
     positions: str | None = None
     no_register_tokens: str = ""
     projection: str | None = None
+    normalises: tuple[str, str] | None = None
     dual_encoder: str | None = None
     other_parts: tuple[str, ...] = ()
     text_reading: str | None = None
@@ -395,6 +398,7 @@ FAMILIES: dict[str, TowerFamily] = {
         key="attention.k_proj",
         positions="embeddings.position_embedding",
         projection="embeddings.patch_projection",
+        normalises=("norm_mean", "norm_std"),
         prefix_tokens=0,
         prefix_fields=("num_cls_tokens", "num_registers"),
         final_norm=None,

@@ -18,6 +18,7 @@ from .errors import UniRefinerError
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PATIENCE = 5
 """Seconds to wait for the Hub's first word."""
 _POINTER = b"version https://git-lfs"
@@ -88,7 +89,7 @@ def check_tensors(file: str | Path) -> None:
 
 
 def check_model(folder: str | Path | None) -> None:
-    """Refuse a folder whose config or weights cannot be read; a Hub id passes.
+    """Refuse a folder whose config, processor or weights cannot be read; a Hub id passes.
 
     Weights that are not there as safetensors are left to who loads them.
 
@@ -115,6 +116,9 @@ def check_model(folder: str | Path | None) -> None:
                 "are not supported: name the same backbone as transformers has it, such as "
                 "facebook/dinov2-base."
             )
+    for processor in PROCESSORS:
+        if (folder / processor).exists():
+            read_json(folder / processor)
     names = {WEIGHTS} if (folder / WEIGHTS).exists() else set()
     if not names and (folder / INDEX).exists():
         table = read_json(folder / INDEX).get("weight_map")

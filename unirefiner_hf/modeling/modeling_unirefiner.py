@@ -33,7 +33,7 @@ from .families import (
     patch_size_of,
 )
 from .recording import QueriesKeys, record_queries_keys
-from .registers import appended_tokens, frame_pixels, split_frame
+from .registers import JoiningTokens, frame_pixels, split_frame
 from .towers import (
     build_tower,
     check_tower,
@@ -168,6 +168,8 @@ class UniRefinerPreTrainedModel(CheckedModel):
         self.family: TowerFamily = family_of(config.vision_config)
         if config.final_norm:
             self._check_final_norm(config)
+        if config.num_register_tokens:
+            self.family.check_register_tokens(config.vision_config)
         self.tower = build_tower(config.vision_config)
         check_tower(self.tower)
         patch = None
@@ -177,7 +179,6 @@ class UniRefinerPreTrainedModel(CheckedModel):
         self.register_parameter("register_patch", patch)
         tokens = None
         if config.num_register_tokens:
-            self.family.check_register_tokens(config.vision_config)
             shape = config.num_register_tokens, self.hidden_size
             tokens = nn.Parameter(torch.zeros(shape))
         self.register_parameter("register_tokens", tokens)
@@ -316,7 +317,14 @@ class UniRefinerPreTrainedModel(CheckedModel):
         finally:
             self._is_bare = before
 
-    def _joining_tokens(self) -> Tensor | None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As every module's; on a tower, register tokens join the sequence from now on."""
+        super().__setattr__(name, value)
+        if name == "tower" and self.config.num_register_tokens:
+            JoiningTokens.put_on(value.get_submodule(EMBEDDINGS), self)
+
+    def joining_tokens(self) -> Tensor | None:
+        """``(registers, hidden)`` that join the sequence now; None where none do."""
         return None if self._is_bare else self.register_tokens
 
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
@@ -346,6 +354,34 @@ class UniRefinerPreTrainedModel(CheckedModel):
                 f"{max(1, height // patch) * patch} x {max(1, width // patch) * patch}."
             )
         return height // patch, width // patch
+
+    def _unpatched(self, patches: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """Images ``(batch, 3, height, width)`` of what a NaFlex image processor gives."""
+        if not self.family.takes_patches:
+            raise UniRefinerError(
+                "spatial_shapes is of NaFlex towers; this one takes images alone: leave it "
+                "out."
+            )
+        shapes = {
+            (int(rows), int(columns)) for rows, columns in spatial_shapes.tolist()
+        }
+        if len(shapes) != 1:
+            raise UniRefinerError(
+                f"spatial_shapes holds {len(shapes)} shapes: images of one call have to be "
+                "of one shape, since each has a frame. Resize them alike, or call the model "
+                "once a shape."
+            )
+        ((rows, columns),) = shapes
+        side = self.patch_size
+        if patches.ndim != 3 or patches.shape[2] != 3 * side**2:
+            raise UniRefinerError(
+                f"pixel_values has shape {tuple(patches.shape)}; with spatial_shapes it is "
+                f"(batch, patches, {3 * side**2})."
+            )
+        cells = patches[:, : rows * columns].unflatten(1, (rows, columns))
+        cells = cells.unflatten(3, (side, side, 3))
+        # (batch, rows, columns, patch, patch, 3) -> channels first, patches beside another
+        return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     def _frame(self, pixel_values: Tensor, width: int) -> Tensor:
         """The framed image; drawn fills are fixed in eval mode, fresh in training."""
@@ -388,15 +424,14 @@ class UniRefinerPreTrainedModel(CheckedModel):
         wanted = self._wanted_states(output_hidden_states)
         # Most towers cast pixels themselves; ViT-MAE and RADIO do not.
         framed = self._frame(pixel_values, width).to(self.tower.dtype)
-        joining = self._joining_tokens()
+        joining = self.joining_tokens()
         joined = 0 if joining is None else len(joining)
-        with appended_tokens(self.tower, EMBEDDINGS, joining):
-            output = self.tower(
-                **tower_inputs(self.family, framed, self.patch_size, joined),
-                return_dict=True,
-                output_hidden_states=wanted is not None or bool(output_hidden_states),
-                output_attentions=output_attentions,
-            )
+        output = self.tower(
+            **tower_inputs(self.family, framed, self.patch_size, joined),
+            return_dict=True,
+            output_hidden_states=wanted is not None or bool(output_hidden_states),
+            output_attentions=output_attentions,
+        )
         prefix = self.family.num_prefix_tokens(self.config.vision_config)
         tokens = output.last_hidden_state.shape[1]
         rows, columns = grid[0] + 2 * width, grid[1] + 2 * width
@@ -446,7 +481,7 @@ class UniRefinerPreTrainedModel(CheckedModel):
     def _pool(self, passed: _Pass) -> Tensor | None:
         """The tower's pooled output, without the frame where it pools over tokens."""
         pools = self.family.pools_over_patches(self.config.vision_config)
-        if pools and (passed.width > 0 or self._joining_tokens() is not None):
+        if pools and (passed.width > 0 or self.joining_tokens() is not None):
             assert self.family.pooling_head is not None
             head = self.tower.get_submodule(self.family.pooling_head)
             return head(passed.image(passed.output.last_hidden_state))
@@ -467,6 +502,8 @@ class UniRefinerModel(UniRefinerPreTrainedModel):
         register_width: int | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        spatial_shapes: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
     ) -> UniRefinerOutput:
         """Image tokens of a batch.
 
@@ -476,6 +513,10 @@ class UniRefinerModel(UniRefinerPreTrainedModel):
             register_width: frame in patches; None takes the config's, 0 puts none.
             output_hidden_states: True, or the index (indices) of those wanted.
             output_attentions: needs ``attn_implementation="eager"``.
+            spatial_shapes: ``(batch, 2)``, rows and columns of patches, all alike, where
+                `pixel_values` are the ``(batch, patches, 3 * patch * patch)`` of a NaFlex
+                image processor.
+            pixel_attention_mask: what such a processor gives beside; the shapes say it all.
 
         Raises:
             UniRefinerError: a size off the patch grid, another shape or dtype than above, a
@@ -483,6 +524,8 @@ class UniRefinerModel(UniRefinerPreTrainedModel):
             RuntimeError: the tower returned another number of tokens than its family
                 should.
         """
+        if spatial_shapes is not None:
+            pixel_values = self._unpatched(pixel_values, spatial_shapes)
         passed = self._run(
             pixel_values, register_width, output_hidden_states, output_attentions
         )
@@ -549,6 +592,8 @@ class UniRefinerBackbone(BackboneMixin, UniRefinerPreTrainedModel):
         register_width: int | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        spatial_shapes: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
     ) -> BackboneOutput:
         """Feature maps of the stages in ``out_features``.
 
@@ -558,6 +603,8 @@ class UniRefinerBackbone(BackboneMixin, UniRefinerPreTrainedModel):
         Raises:
             UniRefinerError: as in `UniRefinerModel.forward`.
         """
+        if spatial_shapes is not None:
+            pixel_values = self._unpatched(pixel_values, spatial_shapes)
         passed = self._run(
             pixel_values, register_width, output_hidden_states, output_attentions
         )

@@ -9,8 +9,6 @@ PH-Reg (arXiv 2505.21501) has register tokens instead: parameters that join the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -153,33 +151,41 @@ def split_frame(
     return image.flatten(1, 2), torch.cat([part.flatten(1, 2) for part in frame], dim=1)
 
 
-@contextmanager
-def appended_tokens(
-    tower: nn.Module, path: str, tokens: Tensor | None
-) -> Iterator[None]:
-    """Put register tokens behind the patches, for the forward passes made inside.
+class JoiningTokens:
+    """A forward hook that puts a model's register tokens behind the patches.
 
     They get no position embedding. Attention does not ask where a token stands, so before
     the CLS token (PH-Reg's DINOv2) they would do the same.
 
-    Args:
-        tower: of a supported family.
-        path: of the module in it whose output goes to the layers:
-            ``(batch, tokens, hidden)``, alone or first of a tuple.
-        tokens: ``(registers, hidden)``; None appends nothing.
-    """
-    if tokens is None:
-        yield
-        return
+    It stays on the module for good: one that came and went with every pass would not be
+    seen by `torch.export` and `torch.compile`, and would be doubled by two threads.
 
-    def append(module: nn.Module, args: Any, output: Any) -> Any:
+    Args:
+        owner: the model; its ``joining_tokens()``, ``(registers, hidden)`` or None, are
+            looked up at each call.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    @classmethod
+    def put_on(cls, module: nn.Module, owner: Any) -> None:
+        """Hook a module, once.
+
+        Args:
+            module: its output goes to the layers: ``(batch, tokens, hidden)``, alone or
+                first of a tuple.
+        """
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, cls) and hook.owner is owner:
+                return
+        module.register_forward_hook(cls(owner))
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        tokens = self.owner.joining_tokens()
+        if tokens is None:
+            return output
         embedded = output[0] if isinstance(output, tuple) else output
         registers = tokens.to(embedded).expand(len(embedded), -1, -1)
         longer = torch.cat([embedded, registers], dim=1)
         return (longer, *output[1:]) if isinstance(output, tuple) else longer
-
-    handle = tower.get_submodule(path).register_forward_hook(append)
-    try:
-        yield
-    finally:
-        handle.remove()

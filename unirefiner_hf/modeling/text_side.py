@@ -32,6 +32,7 @@ from .configuration_unirefiner import UniRefinerConfig
 from .dense_text import BLOCK
 from .errors import UniRefinerError
 from .families import DUAL_ENCODERS, FAMILIES
+from .files import check_model
 from .towers import translated
 from .weight_files import check_weights, find_file
 
@@ -222,6 +223,7 @@ def _source(name: str, revision: str | None, trust_remote_code: bool) -> _Source
     published = _published(name, place)
     if published is None:
         raise NoTextSideError(f"{name} holds no model: there is no config.json.")
+    check_model(name)
     refined_type = None
     if published.get("model_type") == UniRefinerConfig.model_type:
         place["subfolder"] = TEXT

@@ -25,6 +25,8 @@ from ..errors import UniRefinerError
 Values = list[str] | None
 """What stands behind a key: words, or nothing (null)."""
 
+MOST_PARTS = 1000
+"""Of the value of a key."""
 _NULLS = ("null", "none", "~")
 
 
@@ -49,25 +51,54 @@ def read_recipe(path: str | Path) -> dict[str, Values]:
     A mapping becomes one word of JSON; a key may have '-' in place of '_'.
 
     Raises:
-        RecipeError: not YAML, not a flat mapping, or a key that stands there twice.
+        RecipeError: not YAML, not a flat mapping, a key that stands there twice, or aliases
+            without end.
     """
     path = Path(path)
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise RecipeError(f"{path.name} is not valid YAML: {problem}") from problem
+    except RecursionError:
+        raise RecipeError(f"{path.name} is nested too deeply: keys are flat.") from None
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path.name} has to be a mapping of 'key: value' lines.")
     values: dict[str, Values] = {}
     for key_node, node in root.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            line = key_node.start_mark.line + 1
+            raise RecipeError(f"{path.name}, line {line}: a key has to be a word.")
         key = str(key_node.value).replace("-", "_")
         if key in values:
             line = key_node.start_mark.line + 1
             raise RecipeError(f"{path.name}, line {line}: {key!r} stands there twice.")
-        values[key] = _words(node)
+        if not _is_small(node):
+            raise RecipeError(
+                f"{path.name}: the value of {key!r} has more than {MOST_PARTS} parts; "
+                "aliases (*name) that hold themselves, or each other many times, are not "
+                "taken."
+            )
+        try:
+            values[key] = _words(node)
+        except (yaml.YAMLError, TypeError, ValueError) as problem:
+            raise RecipeError(
+                f"{path.name}: {key} cannot be read: {problem}"
+            ) from problem
     return values
+
+
+def _is_small(node: yaml.Node) -> bool:
+    """Whether a value has a number of parts that somebody wrote, its aliases written out."""
+    waiting, parts = [node], 0
+    while waiting and parts <= MOST_PARTS:
+        part, parts = waiting.pop(), parts + 1
+        if isinstance(part, yaml.SequenceNode):
+            waiting += part.value
+        elif isinstance(part, yaml.MappingNode):
+            waiting += [child for pair in part.value for child in pair]
+    return parts <= MOST_PARTS
 
 
 def _words(node: yaml.Node) -> Values:
@@ -180,6 +211,8 @@ def build_arguments(
         tokens += [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
     try:
         return parser.parse_args_into_dataclasses(tokens, look_for_args_file=False)
+    except RecursionError:
+        raise RecipeError("a value is nested too deeply.") from None
     except argparse.ArgumentError as problem:
         key = str(problem.argument_name).split("/")[0].removeprefix("--")
         given = " ".join(values[key] or ())

@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from .. import __version__
 from ..data.streams import RefinementStream
 from ..export.run_folder import FORMAT
+from ..loading.arguments import fewest_sides
 from .arguments import UniRefinerArguments
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def started_record(trainer: UniRefinerTrainer) -> dict[str, Any]:
             "license": base.license,
             "family": config.vision_config.model_type,
             "layers": config.num_hidden_layers,
-            "image_size": base.image_size,
+            "image_size": fewest_sides(base.image_size),
             "final_norm": config.final_norm,
             "keep_text": base.text_side is not None,
             "sha256": trainer.asked["base weights"].removeprefix("sha256 "),
@@ -60,6 +61,7 @@ def started_record(trainer: UniRefinerTrainer) -> dict[str, Any]:
             "max_images": args.max_images,
             "seed": args.seed,
             "images": trainer.report.total,
+            "passed_over": trainer.report.passed_over,
         },
         "method": {
             "name": settings.name,

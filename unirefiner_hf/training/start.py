@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..data.images import default_reference, load_rgb, preprocess
-from ..data.unlabelled import open_images, sample_images
+from ..data.images import default_reference, load_rgb
+from ..data.unlabelled import open_training_images, sample_images
 from ..export.holding import check_free
 from ..export.result_folder import check_run_folder, folder_of
 from ..export.run_folder import (
@@ -81,12 +81,21 @@ def _check_places(model: Model, args: UniRefinerArguments) -> None:
 
 
 def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
-    """The training images at the backbone's size and normalisation."""
-    return open_images(
+    """The training images at the backbone's size and normalisation.
+
+    Raises:
+        RunError: the run would lie among them.
+    """
+    if isinstance(data, (str, Path)) and Path(data).is_dir():
+        if Path(data).resolve() == Path(str(args.output_dir)).resolve():
+            raise RunError(
+                f"output_dir is {args.output_dir}, the folder of the images: name another, "
+                "in it or elsewhere."
+            )
+    return open_training_images(
         starter_data(data),
-        image_size=(base.image_size, base.image_size),
-        mean=base.mean,
-        std=base.std,
+        image_size=base.image_size,
+        reading=base.reading,
         split=args.data_split,
         config_name=args.data_config,
         image_column=args.image_column,
@@ -103,8 +112,7 @@ def reference_pixels(base: Backbone, args: UniRefinerArguments) -> Tensor:
     picture = default_reference()
     if args.reference_image is not None:
         picture = load_rgb(args.reference_image)
-    size = (base.image_size, base.image_size)
-    return preprocess(picture, size, base.mean, base.std).unsqueeze(0)
+    return base.reading(picture, base.image_size).unsqueeze(0)
 
 
 def build_objective(
@@ -114,7 +122,8 @@ def build_objective(
     args: UniRefinerArguments,
 ) -> Objective:
     """The objective of the run, on its device."""
-    white = (1 - torch.tensor(base.mean)) / torch.tensor(base.std)
+    mean, std = torch.tensor(base.reading.mean), torch.tensor(base.reading.std)
+    white = (1 - mean) / std
     given = Surroundings(reference, args.register_factor, white)
     return settings.objective().build(base.model, settings, given).to(args.device)
 

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..data.images import denormalise
+from ..data.left_out import left_out_lines
 from ..data.samples import collate
 from ..data.streams import RefinementStream
 from ..data.unlabelled import sample_images
@@ -86,6 +86,8 @@ from .distributed import (
     wait_for_all,
     wait_long_for_all,
 )
+from .early import check_early
+from .finite import FiniteWeights, Rejections
 from .fields import to_words
 from .keywords import settle
 from .record import finished_record, metrics_of, started_record
@@ -137,7 +139,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
     - checkpoints are those of `RefinementCheckpoints`;
     - loss terms, clean ratio and the share each filter rejects are averaged over
       steps and processes and logged with the loss;
-    - a loss that is not finite in one process stops all before the weights change;
+    - a loss that is not finite in one process stops all before the weights change, as do
+      gradients; so do filters that reject every token, batch after batch;
     - whatever a batch draws (crops, strips, dropout) follows from the seed and the
       batch's place in the run, so it does not matter which process computes it;
     - images the data set had to skip are counted in `skipped`, in every process;
@@ -151,7 +154,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             `UniRefinerModel`. One in memory is copied here and once more by `save_model`:
             leave its weights as they are until then.
         args: of the run; None: made of the keywords.
-        train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_images`.
+        train_dataset: unlabelled images, see `unirefiner_hf.data.unlabelled.open_training_images`.
         method: a name (``"unirefiner"``, ``"ph_reg"``, ``"distillation"``) or settings.
         callbacks: further callbacks of transformers.
         processing_class: image processor of a model in memory; None: from where the model
@@ -210,6 +213,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         check_device(args.base_quantization, args.device)
         if args.teacher_float8:
             check_float8(args.device)
+        check_early(train_dataset, args)
         set_seed(args.seed)
         load_whole()
         self._given = (model, processing_class)
@@ -235,8 +239,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if self.resumed is not None:
             check_same(self.resumed, self.asked)
         self.report = images.report
-        for name, reason in self.report.skipped.items():
-            logger.warning(f"Left out {name}: {reason}")
+        for line in self.report.lines():
+            logger.warning(line)
         self.reference = reference_pixels(self.backbone, args)
         objective = build_objective(self.backbone, settings, self.reference, args)
         if args.compile_layers:
@@ -251,6 +255,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
             settle_stream(self.total_batch, args)
 
         self.skipped: dict[str, str] = {}
+        self._rejections = Rejections()
         self.last_metrics: dict[str, float] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._drawn = (-1, 0)
@@ -310,14 +315,14 @@ class UniRefinerTrainer(RefinementCheckpoints):
         self.graceful_stop = GracefulStop(lambda n: highest(n, self.args.device))
         self.add_callback(self.graceful_stop)
         self.add_callback(StepsAsAsked())
+        self.add_callback(FiniteWeights(self.last_good))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(PrinterCallback if args.disable_tqdm else RefinementProgress)
         if args.push_to_hub:
             self.add_callback(HubSync(args, self.backbone.name))
         if args.snapshot_steps and self.shown:
-            side = self.backbone.image_size
-            width = self.refiner.register_width(side, side)
+            width = self.refiner.register_width(*self.backbone.image_size)
             folder = self.folder / SNAPSHOTS
             self.add_callback(
                 Snapshots(model, self.shown, width, folder, args.snapshot_steps)
@@ -480,10 +485,9 @@ class UniRefinerTrainer(RefinementCheckpoints):
         skipped = {**self.report.skipped, **gather_named(self.skipped)}
         model = self.refined.eval()
         leave_float8(model)
-        side = self.backbone.image_size
         width = self.args.inference_register_width
         if width is None:
-            width = self.refiner.register_width(side, side)
+            width = self.refiner.register_width(*self.backbone.image_size)
         model.config.register_width = width
         resumed = checkpoint is not None
         self.record = finished_record(self, losses, skipped, seconds, resumed)
@@ -501,8 +505,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         if not self.is_world_process_zero():
             return
         if comparison is not None:
-            mean, std = self.backbone.mean, self.backbone.std
-            pictures = [denormalise(pixels, mean, std) for pixels in self.shown]
+            denormalised = self.backbone.reading.denormalised
+            pictures = [denormalised(pixels) for pixels in self.shown]
             drawn = BytesIO()
             figure(comparison, pictures).save(drawn, format="PNG")
             write_whole(self.folder / PICTURE, drawn.getvalue())
@@ -514,7 +518,8 @@ class UniRefinerTrainer(RefinementCheckpoints):
         write_json(self.folder / RECORD, {**self.record, "finished": False})
         if skipped:
             logger.warning(
-                f"{len(skipped)} images could not be used; {RECORD} names each and why."
+                f"{len(skipped)} images could not be used; {RECORD} names each and why. "
+                + " ".join(left_out_lines(skipped))
             )
 
     def _replace_adapter(self) -> None:
@@ -636,10 +641,9 @@ class UniRefinerTrainer(RefinementCheckpoints):
 
         Raises:
             NonFiniteLossError: names the terms that are not finite and the step.
+            AllRejectedError: the filters rejected everything, batch after batch.
         """
-        for entry in inputs.get("skipped", ()):
-            name, _, reason = entry.partition(": ")
-            self.skipped[name] = reason
+        self.skipped.update(inputs.get("skipped", ()))
         if isinstance(self.train_dataset, RefinementStream):
             self.train_dataset.note(inputs["position"])
         self._seed_batch()
@@ -707,8 +711,12 @@ class UniRefinerTrainer(RefinementCheckpoints):
         ]
         values = torch.stack([outputs[name].detach().float() for name in names])
         finite = bool(torch.isfinite(values).all())
-        if not highest(int(not finite), values.device):
+        rejected = self._rejections.too_many(outputs)
+        worst = highest(int(rejected) if finite else 2, values.device)
+        if not worst:
             return
+        if worst == 1:
+            raise self._rejections.error(self.state.global_step + 1, outputs)
         if finite:
             raise NonFiniteLossError(
                 f"Step {self.state.global_step + 1}: a loss of another process is not "

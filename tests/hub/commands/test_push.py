@@ -86,7 +86,7 @@ def test_a_run_is_published_and_used(hub, push, client_env, tmp_path):
     for code in ("package", "remote"):
         anybody = client_env(token=None)
         tokens = load(anybody, REPO, tmp_path, code)
-        torch.testing.assert_close(tokens, trained, atol=1e-5, rtol=0)
+        torch.testing.assert_close(tokens, trained, atol=1e-4, rtol=0)
 
     (tmp_path / "example-lab").mkdir()
     (tmp_path / "tiny-tower").rename(tmp_path / "example-lab" / "tiny-tower")
@@ -160,7 +160,7 @@ def test_shards_replace_one_file_and_the_other_way_round(
     tokens = load(client_env(token=None), REPO, tmp_path)
     with torch.no_grad():
         trained = make_refined("dinov2", register_width=2)(pixels()).last_hidden_state
-    torch.testing.assert_close(tokens, trained, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens, trained, atol=1e-4, rtol=0)
     assert "as published" in succeed(verbs("verify", REPO))
     succeed(push("--tag", "whole"))
     assert not [name for name in hub.files(REPO) if "-of-" in name]
