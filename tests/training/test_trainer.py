@@ -563,9 +563,12 @@ def test_save_model_twice_and_into_two_folders(trainer, tmp_path):
     made = trained(trainer())
     first = made.save_model(tmp_path / "a").folder
     weights = weights_of(first)
-    (first / "mark").write_text("x")
+    (first / "before_after.png").write_text("x")
     assert weights_of(made.save_model(first).folder) == weights
-    assert not (first / "mark").exists()
+    assert not (first / "before_after.png").exists()
+    (first / "mark").write_text("x")
+    with pytest.raises(UniRefinerError, match="holds mark, which unirefiner did not"):
+        made.save_model(first)
     assert weights_of(made.save_model(tmp_path / "b").folder) == weights
     assert made.save_model().folder == made.folder / "merged"
     assert weights_of(made.folder / "merged") == weights

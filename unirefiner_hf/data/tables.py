@@ -120,6 +120,20 @@ def load_table(
         ) from None
 
 
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What `datasets` raises of files here is about the files, whatever its class."""
+    try:
+        yield
+    except Exception as problem:
+        if "corresponds to no data" in str(problem):
+            raise ImageError(
+                f"{name} has no rows: there is no image in it."
+            ) from problem
+        cause = problem.__cause__ or problem
+        raise ImageError(f"{name} cannot be read as a data set: {cause}") from problem
+
+
 def _table_kind(contents: Contents) -> str | None:
     kinds = sorted({path.suffix for path in contents.files} & set(BUILDERS))
     if len(kinds) > 1:
@@ -153,20 +167,6 @@ def _tables_of(contents: Contents, split: str, report: DataReport | None) -> lis
                 f"beside {tables[0].suffix} files, which are read in its place"
             )
     return picked
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """What `datasets` raises of files here is about the files, whatever its class."""
-    try:
-        yield
-    except Exception as problem:
-        if "corresponds to no data" in str(problem):
-            raise ImageError(
-                f"{name} has no rows: there is no image in it."
-            ) from problem
-        cause = problem.__cause__ or problem
-        raise ImageError(f"{name} cannot be read as a data set: {cause}") from problem
 
 
 def source_of(value: Any) -> Any:

@@ -34,6 +34,17 @@ def write_manifest(checkpoint: Path) -> None:
     write_json(checkpoint / MANIFEST, content)
 
 
+def note_change(checkpoint: Path, name: str) -> None:
+    """Note what a file holds that was changed on purpose, where there is a manifest."""
+    manifest = _read_object(checkpoint / MANIFEST)
+    if manifest is None:
+        return
+    file = checkpoint / name
+    entry = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    files = {**manifest["files"], name: entry}
+    write_json(checkpoint / MANIFEST, {**manifest, "files": files})
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None where it is whole.
 

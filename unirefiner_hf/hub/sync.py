@@ -47,7 +47,9 @@ from ..export.run_folder import (
     read_record,
     read_refiner_state,
 )
+from ..export.whole import note_change
 from ..loading import adapter as adapter_files
+from ..outputs import write_json
 from .access import check_access, check_private
 from .client import MAIN, HubError, explained, explanation, remote_state, with_retries
 
@@ -239,12 +241,11 @@ class HubSync(TrainerCallback):
         folder = LAST if last else checkpoint.name
         for file in _files(checkpoint):
             _link(checkpoint / file, staging / folder / file)
-        if not self.private:
+        told = read_refiner_state(checkpoint)
+        if told["skipped"] and not self.private:
             # Names of the user's own files, which a resumed run finds again.
-            state = staging / folder / REFINER_STATE
-            told = read_refiner_state(checkpoint)
-            state.unlink()
-            state.write_text(json.dumps({**told, "skipped": {}}), encoding="utf-8")
+            write_json(staging / folder / REFINER_STATE, {**told, "skipped": {}})
+            note_change(staging / folder, REFINER_STATE)
         return folder
 
     def _commit(self, staging: Path, folder: str | None, step: int) -> CommitInfo:

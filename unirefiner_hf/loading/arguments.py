@@ -134,22 +134,20 @@ class BackboneArguments:
     def check_backbone(self) -> None:
         """Refuse values outside their range."""
         given: Any = self.image_size
-        if given is not None and not isinstance(given, list):
-            self.image_size = list(given) if isinstance(given, tuple) else [given]
+        if isinstance(given, tuple) or type(given) is int:
+            given = list(given) if isinstance(given, tuple) else [given]
+            self.image_size = given
         check_values(self, BackboneArguments)
-        if self.image_size is not None:
-            require(
-                self,
-                "image_size",
-                len(self.image_size) in (1, 2),
-                "a side, or height and width, in pixels",
-            )
-            # What one side is, is kept as one number.
-            sides = [*self.image_size, self.image_size[0]]
-            self.image_size = fewest_sides(sides)  # type: ignore[assignment]
+        listed = self.image_size
         require(
             self,
             "teacher_float8",
             not (self.teacher_float8 and self.base_quantization),
             "false where base_quantization is set",
         )
+        if listed is not None:
+            require(
+                self, "image_size", len(listed) in (1, 2), "a side, or height and width"
+            )
+            # What one side is, is kept as one number.
+            self.image_size = fewest_sides([*listed, listed[0]])  # type: ignore[assignment]

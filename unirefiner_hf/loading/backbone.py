@@ -315,23 +315,23 @@ def image_size(asked: Any, config: PreTrainedConfig, patch: int) -> tuple[int, i
         asked: a side, height and width, or None.
 
     Raises:
-        BackboneError: one of them does not divide into patches, or is one patch.
+        BackboneError: one of them does not divide into two patches or more.
     """
     if asked is None:
         asked = image_size_of(config) // patch * patch
     size = both_sides(asked)
-    given = " ".join(map(str, dict.fromkeys(size)))
     for side in size:
-        low = max(2 * patch, side // patch * patch)
+        if side == patch:
+            raise BackboneError(
+                f"image_size is {side}, a single patch: use {2 * patch} or more, in steps of "
+                f"{patch}."
+            )
         if side < patch or side % patch:
+            low = max(2 * patch, side // patch * patch)
+            given = " ".join(map(str, dict.fromkeys(size)))
             raise BackboneError(
                 f"image_size is {given}, which does not divide into patches of {patch}: use "
                 f"{low} or {low + patch} for {side}."
-            )
-        if side == patch:
-            raise BackboneError(
-                f"image_size is {given}, a single patch: use {low} or more, in "
-                f"steps of {patch}."
             )
     return size
 

@@ -109,7 +109,7 @@ class TrainingOptions:
             "fetched from the Hub."
         },
     )
-    ddp_timeout: int = field(
+    ddp_timeout: Annotated[int, "[1, 2147483647]"] = field(
         default=600,
         metadata={
             "help": "Seconds after which a process that does not answer is lost, and the run "

@@ -59,7 +59,6 @@ BOUNDS = {
     "data_seed": "[0, 4294967295]",
     "dataloader_prefetch_factor": "[1, inf)",
     "ddp_bucket_cap_mb": "[1, inf)",
-    "ddp_timeout": "[1, 2147483647]",
     "gradient_accumulation_steps": "[1, inf)",
     "max_grad_norm": "[0, inf)",
     "max_steps": "[-1, inf)",

@@ -9,6 +9,7 @@ from safetensors.torch import load
 
 from tests.hub.commands.verbs import ALICE, BOB, refused, succeed
 from tests.training.conftest import save_images, save_tiny_tower
+from unirefiner_hf.export.whole import MANIFEST, damage
 
 REPO = "alice/tiny-in-training"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -84,7 +85,8 @@ def test_a_run_survives_the_loss_of_its_machine(hub, refine, tmp_path):
     kept = hub.files(REPO, "training")
     state = json.loads(kept["last-checkpoint/trainer_state.json"])
     assert state["global_step"] == 2
-    hub.commit(REPO, {"last-checkpoint/global_step2/optim_states.pt": b"a pickle"})
+    planted = {"last-checkpoint/global_step2/optim_states.pt": b"a pickle"}
+    hub.commit(REPO, planted, revision="training")
 
     done = refine("--resume", hub_strategy="checkpoint").wait()
     succeed(done)
@@ -264,6 +266,14 @@ def test_names_of_images_are_not_made_public(hub, refine, tmp_path, private):
                 assert not name.endswith(".png")
     kept = {"last-checkpoint/refiner_state.json"}
     assert set(told) == (kept if private == "true" else set())
+    # What is left out is no damage.
+    folder = tmp_path / "fetched"
+    for name, content in hub.files(REPO, "training").items():
+        if name.startswith("last-checkpoint/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    assert (folder / "last-checkpoint" / MANIFEST).is_file()
+    assert damage(folder / "last-checkpoint") is None
 
 
 def test_ph_reg_carries_its_register_tokens(hub, refine):
