@@ -388,7 +388,7 @@ def test_an_unreadable_image_is_counted_and_named(arguments, image_folder, tmp_p
     assert set(skipped) == {"text.png", "cut.png"}
 
 
-@pytest.mark.parametrize("size,message", [(25, "24 or 28"), (3, "4 or 8")])
+@pytest.mark.parametrize("size,message", [(25, "24 or 28"), (3, "8 or 12")])
 def test_a_size_off_the_patch_grid_is_refused(arguments, size, message):
     with pytest.raises(BackboneError, match=message):
         refine(*arguments(model={"image_size": size}))

@@ -16,6 +16,7 @@ from ..errors import UniRefinerError, as_users
 from ..modeling.errors import MissingLibraryError
 from ..outputs import check_folder
 from .arguments import UniRefinerArguments
+from .start import check_length
 
 CONSTANT = {
     "constant": ("warmup_steps", "lr_scheduler_kwargs"),
@@ -31,17 +32,13 @@ def check_early(data: Any, args: UniRefinerArguments) -> None:
         OutputError: the run's folder is a file, or cannot be written.
         ImageError: no such images, or a reference that cannot be read.
         MissingLibraryError: the optimiser's package is not installed.
-        UniRefinerError: arguments that optimiser or schedule do not take, or a stream
-            without a length.
+        RunError: a stream without a length.
+        UniRefinerError: arguments that optimiser or schedule do not take.
     """
     check_folder(str(args.output_dir))
     _check_there(data)
-    endless = isinstance(data, datasets.IterableDataset) or args.streaming
-    if endless and args.max_images is None and args.max_steps <= 0:
-        raise UniRefinerError(
-            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
-            "or max_steps."
-        )
+    if isinstance(data, datasets.IterableDataset) or args.streaming:
+        check_length(args)
     if args.reference_image is not None:
         load_rgb(args.reference_image)
     _check_optimizer(args)

@@ -128,6 +128,15 @@ def build_objective(
     return settings.objective().build(base.model, settings, given).to(args.device)
 
 
+def check_length(args: UniRefinerArguments) -> None:
+    """Refuse a stream without an end and without a number of steps."""
+    if args.max_steps <= 0 and args.max_images is None:
+        raise RunError(
+            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
+            "or max_steps."
+        )
+
+
 def settle_stream(total_batch: int, args: UniRefinerArguments) -> None:
     """Give a stream its number of steps; refuse what a stream has no use for."""
     unread = {
@@ -143,11 +152,7 @@ def settle_stream(total_batch: int, args: UniRefinerArguments) -> None:
             )
     if args.max_steps > 0:
         return
-    if args.max_images is None:
-        raise RunError(
-            "A stream does not tell how long it is: set max_images (with num_train_epochs) "
-            "or max_steps."
-        )
+    check_length(args)
     seen = args.num_train_epochs * args.max_images
     args.max_steps = math.ceil(seen / total_batch)
 
