@@ -153,6 +153,7 @@ def settle_stream(total_batch: int, args: UniRefinerArguments) -> None:
     if args.max_steps > 0:
         return
     check_length(args)
+    assert args.max_images is not None
     seen = args.num_train_epochs * args.max_images
     args.max_steps = math.ceil(seen / total_batch)
 
