@@ -103,7 +103,9 @@ def holds(folder: Path, place: Path) -> bool:
 
 
 def check_run_folder(run: Path, base: Path | None) -> None:
-    """Refuse a folder that a run's merged model could not go into at its end.
+    """Refuse a run's folder that its merged model could not go into at its end.
+
+    What a folder that is no run's may hold, the trainer knows.
 
     Args:
         base: where the backbone lies; None where it comes from elsewhere.
@@ -115,8 +117,9 @@ def check_run_folder(run: Path, base: Path | None) -> None:
         raise ExportError(
             f"output_dir is {run}, the folder of the base itself: name another folder."
         )
-    keep = {} if base is None else {"the base of the run": base}
-    check_target(run / MERGED, keep, overwrite=True)
+    if is_run(run):
+        keep = {} if base is None else {"the base of the run": base}
+        check_target(run / MERGED, keep, overwrite=True)
 
 
 def check_results(folder: Path, record: str, others: Sequence[str]) -> Path:

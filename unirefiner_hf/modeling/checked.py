@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 from .files import check_finite_weights, check_model, refuse_report
 from .weight_files import PLACE, check_weights, translated
 
-Loaded = TypeVar("Loaded")
+Loaded = TypeVar("Loaded", bound="CheckedModel")
 
 
 class CheckedModel:
@@ -15,7 +16,13 @@ class CheckedModel:
 
     Put it before `PreTrainedModel`. Weights are read from safetensors;
     ``use_safetensors=False`` asks for a pickle, and gets it.
+
+    Attributes:
+        begun_by: weight -> field of the config: one that is given to `from_pretrained`
+            begins the weight afresh where the checkpoint has none.
     """
+
+    begun_by: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def from_pretrained(
@@ -34,6 +41,7 @@ class CheckedModel:
         """
         name = pretrained_model_name_or_path
         check_model(name)
+        begun = {weight for weight, field in cls.begun_by.items() if field in kwargs}
         reported = kwargs.pop("output_loading_info", False)
         # Reported, and refused below.
         kwargs.setdefault("ignore_mismatched_sizes", True)
@@ -48,7 +56,8 @@ class CheckedModel:
         model, report = loaded
         if reported:
             return loaded
-        refuse_report(report, str(name), cls.__name__)
+        missing = set(report["missing_keys"]) - begun
+        refuse_report({**report, "missing_keys": missing}, str(name), cls.__name__)
         check_finite_weights(model, str(name))
         return model
 

@@ -158,6 +158,10 @@ class UniRefinerPreTrainedModel(CheckedModel, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    begun_by = {
+        "register_patch": "register_fill",
+        "register_tokens": "num_register_tokens",
+    }
     tower: Any  # a PreTrainedModel, or an adapter round one that forwards attributes
     register_patch: nn.Parameter | None
     register_tokens: nn.Parameter | None
