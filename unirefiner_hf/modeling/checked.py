@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -16,6 +16,9 @@ Model = TypeVar("Model", bound="CheckedModel")
 
 class CheckedModel(PreTrainedModel):
     """A model that does not load with weights missing, as transformers' do with a warning."""
+
+    asked_fresh: ClassVar[dict[str, str]] = {}
+    """Weight -> argument of `from_pretrained` that asks for a fresh one."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -40,6 +43,7 @@ class CheckedModel(PreTrainedModel):
         """
         name = pretrained_model_name_or_path
         check_model(name)
+        fresh = {key for key, asked in cls.asked_fresh.items() if asked in kwargs}
         kwargs.setdefault(
             "ignore_mismatched_sizes", True
         )  # reported, and refused below
@@ -53,6 +57,7 @@ class CheckedModel(PreTrainedModel):
         model, report = loaded
         if output_loading_info:
             return loaded
+        report["missing_keys"] = set(report["missing_keys"]) - fresh
         refuse_report(report, str(name), cls.__name__)
         check_finite_weights(model, str(name))
         return model

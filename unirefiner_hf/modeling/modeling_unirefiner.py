@@ -162,6 +162,7 @@ class UniRefinerPreTrainedModel(CheckedModel):
     register_patch: nn.Parameter | None
     register_tokens: nn.Parameter | None
     _is_bare = False
+    asked_fresh = {"register_patch": "register_fill"}
 
     def __init__(self, config: UniRefinerConfig) -> None:
         super().__init__(config)
