@@ -24,9 +24,6 @@ class CheckedModel:
 
     begun_by: ClassVar[Mapping[str, str]] = {}
 
-    asked_fresh: ClassVar[dict[str, str]] = {}
-    """Weight -> argument of `from_pretrained` that asks for a fresh one."""
-
     @classmethod
     def from_pretrained(
         cls: type[Loaded], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any

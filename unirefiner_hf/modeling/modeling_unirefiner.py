@@ -166,7 +166,6 @@ class UniRefinerPreTrainedModel(CheckedModel, PreTrainedModel):
     register_patch: nn.Parameter | None
     register_tokens: nn.Parameter | None
     _is_bare = False
-    asked_fresh = {"register_patch": "register_fill"}
 
     def __init__(self, config: UniRefinerConfig) -> None:
         super().__init__(config)
