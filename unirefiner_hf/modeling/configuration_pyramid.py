@@ -10,7 +10,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_unirefiner import UniRefinerConfig, nearest_field, refusing
+from .configuration_unirefiner import (
+    UniRefinerConfig,
+    refuse_unknown,
+    refusing,
+    without_places,
+)
 from .errors import UniRefinerError
 
 LEVELS = ("level1", "level2", "level3", "level4")
@@ -54,7 +59,7 @@ class UniRefinerPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
         out_indices = kwargs.pop("out_indices", None)
         kwargs.pop("stage_names", None)
         kwargs.pop("model_type", None)
-        self._refuse_misspelt(kwargs)
+        refuse_unknown(self, kwargs)
         if isinstance(self.refined_config, PreTrainedConfig):
             self.refined_config = copy.deepcopy(self.refined_config)
         super().__post_init__(**kwargs)
@@ -90,15 +95,9 @@ class UniRefinerPyramidConfig(BackboneConfigMixin, PreTrainedConfig):
         """Side of a patch in pixels."""
         return self.refined_config.patch_size
 
-    @staticmethod
-    def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
-        for name in kwargs:
-            nearest = nearest_field(UniRefinerPyramidConfig, name)
-            if nearest is not None and not hasattr(PreTrainedConfig, name):
-                raise UniRefinerError(
-                    f"UniRefinerPyramidConfig has no field {name!r}; "
-                    f"did you mean {nearest!r}?"
-                )
+    def to_dict(self) -> dict[str, Any]:
+        """As a dict, without the places that it and the tower were loaded from."""
+        return without_places(super().to_dict())
 
 
 AutoConfig.register(

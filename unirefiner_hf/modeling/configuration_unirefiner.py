@@ -65,6 +65,49 @@ def nearest_field(config_class: type[PreTrainedConfig], name: str) -> str | None
     return nearest[0] if nearest else None
 
 
+def refuse_unknown(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that neither the class of `config` nor transformers knows.
+
+    A file saved by a later transformers may carry a standard field unknown here: that is
+    kept and logged, unless it looks like a misspelt field of the class.
+
+    Raises:
+        UniRefinerError: names the nearest field, or all of them; for a value that follows
+            from the fields, such as ``patch_size``, says so.
+    """
+    kind = type(config)
+    fields = ", ".join(sorted(own_fields(kind)))
+    for name in kwargs:
+        standard = name in _STANDARD_KEYS or hasattr(PreTrainedConfig, name)
+        if standard or name.startswith("_"):
+            continue
+        if isinstance(getattr(kind, name, None), property):
+            raise UniRefinerError(
+                f"{name!r} of a {kind.__name__} follows from its fields and cannot be "
+                f"given; its fields are {fields}."
+            )
+        nearest = nearest_field(kind, name)
+        if nearest is not None:
+            raise UniRefinerError(
+                f"{kind.__name__} has no field {name!r}; did you mean {nearest!r}?"
+            )
+        if config.transformers_version is None:
+            raise UniRefinerError(
+                f"{kind.__name__} has no field {name!r}; its fields are {fields}."
+            )
+        logger.warning("%s keeps the unknown field %r.", kind.__name__, name)
+
+
+def without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's dict with the places it was loaded from, local paths, left empty."""
+    for name, value in values.items():
+        if name == "_name_or_path":
+            values[name] = ""
+        elif isinstance(value, dict):
+            without_places(value)
+    return values
+
+
 def refusing(config_class: type[Config]) -> type[Config]:
     """Have all that a config refuses be a `UniRefinerError`, whoever found it.
 
@@ -152,7 +195,7 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"This is the config of a {kind!r}, not of a refined checkpoint. Of a "
                 "bare backbone make one by UniRefinerModel.from_tower(name_or_folder)."
             )
-        self._refuse_unknown(kwargs)
+        refuse_unknown(self, kwargs)
         if isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)
         elif not isinstance(self.vision_config or {}, dict):
@@ -205,10 +248,8 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         return size if isinstance(size, int) else size[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dict, without the place the tower was loaded from (a local path)."""
-        output = super().to_dict()
-        output["vision_config"].pop("_name_or_path", None)
-        return output
+        """As a dict, without the places that it and the tower were loaded from."""
+        return without_places(super().to_dict())
 
     def _check_tower(self) -> None:
         family_of(self.vision_config)
@@ -235,28 +276,6 @@ class UniRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"format_version is {self.format_version}, this version of the code "
                 f"reads up to {FORMAT_VERSION}: pip install -U unirefiner_hf."
             )
-
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        """Refuse arguments that neither this class nor transformers knows.
-
-        A file saved by a later transformers may carry a standard field unknown here:
-        that is kept and logged, unless it looks like a misspelt field of this class.
-        """
-        for name in kwargs:
-            standard = name in _STANDARD_KEYS or hasattr(PreTrainedConfig, name)
-            if standard or name.startswith("_"):
-                continue
-            nearest = nearest_field(UniRefinerConfig, name)
-            if nearest is not None:
-                raise UniRefinerError(
-                    f"UniRefinerConfig has no field {name!r}; did you mean {nearest!r}?"
-                )
-            if self.transformers_version is None:
-                raise UniRefinerError(
-                    f"UniRefinerConfig has no field {name!r}; "
-                    f"its fields are {', '.join(sorted(own_fields(UniRefinerConfig)))}."
-                )
-            logger.warning("UniRefinerConfig keeps the unknown field %r.", name)
 
 
 __all__ = ["UniRefinerConfig"]

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_eva_clip import EvaClipVisionConfig
+from .recording import check_forms_maps
 from .vit_parts import MLP, RMSNorm, eager_attention, resized_positions, run_layers
 
 
@@ -144,12 +145,22 @@ class EvaClipVisionModel(PreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Tokens of ``pixel_values`` (batch, 3, height, width), multiples of a patch."""
+        """Tokens of ``pixel_values`` (batch, 3, height, width), multiples of a patch.
+
+        Raises:
+            UniRefinerError: attentions without eager attention.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
+            check_forms_maps(self.config._attn_implementation)
         output = run_layers(
             self.encoder,
             self.embeddings(pixel_values),
-            bool(output_hidden_states or self.config.output_hidden_states),
-            bool(output_attentions or self.config.output_attentions),
+            bool(output_hidden_states),
+            bool(output_attentions),
         )
         start = output.last_hidden_state[:, 0]  # type: ignore[index]
         output.pooler_output = self.post_layernorm(start)

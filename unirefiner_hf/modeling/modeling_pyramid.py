@@ -179,6 +179,10 @@ class UniRefinerPyramid(BackboneMixin, CheckedModel, PreTrainedModel):
         Raises:
             UniRefinerError: as in `UniRefinerModel.forward`.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         output = self.refined(
             pixel_values,
             register_width=register_width,

@@ -32,7 +32,7 @@ from .families import (
     family_of,
     patch_size_of,
 )
-from .recording import QueriesKeys, record_queries_keys
+from .recording import QueriesKeys, check_forms_maps, record_queries_keys
 from .registers import JoiningTokens, frame_pixels, split_frame
 from .towers import (
     build_tower,
@@ -62,6 +62,11 @@ class UniRefinerOutput(ModelOutput):
             image tokens; attention paid to the frame and to prefix tokens is cut off,
             so rows do not sum to one.
         feature_map: ``(batch, hidden, h, w)``, `last_hidden_state` as a map.
+
+    Gradients flow from all of them to the pixels and weights. `hidden_states` and
+    `attentions` are cut out of what the tower goes on with, so nothing later is computed
+    from them and ``retain_grad()`` on them stays None: put a forward hook on a layer of
+    ``model.tower`` for the gradient at its tokens.
     """
 
     last_hidden_state: Tensor | None = None
@@ -416,14 +421,8 @@ class UniRefinerPreTrainedModel(CheckedModel, PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        attention = self.config.vision_config._attn_implementation
-        if output_attentions and attention != "eager":
-            raise UniRefinerError(
-                f"output_attentions=True, but attn_implementation={attention!r} never "
-                "forms the attention maps. Load the model with "
-                "attn_implementation='eager' or call "
-                "model.set_attn_implementation('eager')."
-            )
+        if output_attentions:
+            check_forms_maps(self.config.vision_config._attn_implementation)
         # Picked here: towers select states themselves from transformers 5.23 on only.
         wanted = self._wanted_states(output_hidden_states)
         # Most towers cast pixels themselves; ViT-MAE and RADIO do not.

@@ -1,4 +1,4 @@
-"""Queries and keys of a tower's layers, recorded as it runs."""
+"""What a tower's attention works on, recorded as it runs: queries and keys, or its maps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ from .errors import UniRefinerError
 from .families import family_of, layers_of, part_of
 
 QueriesKeys = Mapping[int, tuple[Tensor, Tensor]]
+
+
+def check_forms_maps(attention: str | None) -> None:
+    """Refuse attention maps where the attention never forms them.
+
+    Args:
+        attention: the config's ``_attn_implementation``.
+
+    Raises:
+        UniRefinerError: it is not ``eager``.
+    """
+    if attention != "eager":
+        raise UniRefinerError(
+            f"output_attentions=True, but attn_implementation={attention!r} never "
+            "forms the attention maps. Load the model with "
+            "attn_implementation='eager' or call "
+            "model.set_attn_implementation('eager')."
+        )
 
 
 @contextmanager
@@ -133,4 +151,4 @@ def _rotate(tokens: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tenso
     return torch.cat([split[:, :plain], rotated.to(tokens.dtype)], dim=1).flatten(2)
 
 
-__all__ = ["QueriesKeys", "record_queries_keys"]
+__all__ = ["QueriesKeys", "check_forms_maps", "record_queries_keys"]
