@@ -76,6 +76,7 @@ PH_REG = {
     "weight_decay": "0.01",
     "final_lr_share": "0.05",
     "max_grad_norm": "0",
+    **CONSTANT_RATE,
 }
 """Rate, decays and no clipping as published: it trains embeddings, not an adapter."""
 OWN_TARGETS = {

@@ -98,6 +98,7 @@ def test_other_processes_load_it_with_and_without_the_package(arguments, tmp_pat
 
 def test_a_continued_run_equals_an_undisturbed_one(arguments, tmp_path):
     options = {**DEMANDING, "final_lr_share": 0.05, "max_steps": 5}
+    options["lr_scheduler_type"] = "constant"
     method = {**METHOD, "teacher_views": 2}
     whole = refine(
         *arguments(method=method, **options, output_dir=str(tmp_path / "whole"))

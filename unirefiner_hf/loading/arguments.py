@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Annotated, Any
 
 from ..errors import require
@@ -134,20 +135,25 @@ class BackboneArguments:
     def check_backbone(self) -> None:
         """Refuse values outside their range."""
         given: Any = self.image_size
-        if isinstance(given, tuple) or type(given) is int:
-            given = list(given) if isinstance(given, tuple) else [given]
-            self.image_size = given
+        sides = list(given) if isinstance(given, (list, tuple)) else [given]
+        require(
+            self,
+            "image_size",
+            given is None or (len(sides) in (1, 2) and all(map(_is_side, sides))),
+            "a side of at least 1 pixel, height and width, or unset",
+        )
+        if given is not None:
+            self.image_size = sides = [int(side) for side in sides]
         check_values(self, BackboneArguments)
-        listed = self.image_size
+        if given is not None:  # what one side is, is kept as one number
+            self.image_size = fewest_sides([*sides, sides[0]])  # type: ignore[assignment]
         require(
             self,
             "teacher_float8",
             not (self.teacher_float8 and self.base_quantization),
             "false where base_quantization is set",
         )
-        if listed is not None:
-            require(
-                self, "image_size", len(listed) in (1, 2), "a side, or height and width"
-            )
-            # What one side is, is kept as one number.
-            self.image_size = fewest_sides([*listed, listed[0]])  # type: ignore[assignment]
+
+
+def _is_side(side: Any) -> bool:
+    return isinstance(side, Integral) and not isinstance(side, bool) and side >= 1
