@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.cli.conftest import Made, python
 from unirefiner_hf.cli import main
@@ -344,3 +345,28 @@ def test_copy_goes_over_nothing(tmp_path, monkeypatch, capsys):
         assert f"{path} exists" in capsys.readouterr().err
         assert Path(path).read_text() == "mine"
     assert main([*copy, "nowhere/mine.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["extract", "starter", "--images", "", "--output", "out"],
+        ["extract", "starter", "--images", "photos", "--output", " "],
+        ["diagnose", "starter", "--images", ""],
+        ["compare", "starter", "starter", "--images", ""],
+        ["merge", "run", "--output", ""],
+        ["merge", "", "--output", "out"],
+        ["push", "", "user/name"],
+        ["evaluate", "starter", "--data", "", "--fast"],
+        ["extract", "", "--images", "photos", "--output", "out"],
+    ],
+)
+def test_an_empty_place_is_not_the_current_folder(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "0.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "mine.png")
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "is empty: name a" in said
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.png", "photos"]

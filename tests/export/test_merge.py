@@ -369,6 +369,8 @@ def test_what_is_no_run_is_refused(save_run, tmp_path):
         merge(tmp_path, tmp_path / "m", model=str(base))
     with pytest.raises(RunFolderError, match="checkpoint-99 holds no adapter"):
         merge(run / "checkpoint-99", tmp_path / "m", model=str(base))
+    with pytest.raises(RunFolderError, match=r"Checkpoints of \S+: checkpoint-20\.$"):
+        merge(run / "checkpoint-99", tmp_path / "m", model=str(base))
 
 
 def test_the_verb(save_run, tmp_path, capsys):

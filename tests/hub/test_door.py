@@ -282,6 +282,15 @@ def test_what_cannot_be_verified_is_refused(given, message, monkeypatch):
         unirefiner_hf.verify(given)
 
 
+def test_the_folder_of_a_run_names_its_model_for_verify(tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(
+        UniRefinerError, match=r"is a run, .*: verify its model, .*merged"
+    ):
+        unirefiner_hf.verify(tmp_path)
+
+
 def test_a_folder_takes_no_options_of_the_hub(merged):
     with pytest.raises(UniRefinerError, match="is a folder here: revision"):
         unirefiner_hf.verify(merged, revision="main")

@@ -83,6 +83,11 @@ def test_the_adapter_names_its_base_without_a_path(name, written):
     assert wrapped.peft_config["default"].base_model_name_or_path == written
 
 
+def test_wrapping_a_tower_warns_of_nothing(recwarn):
+    add_adapter(make_tiny_tower("dinov2"))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_the_learning_rate_is_that_of_batch_16(tmp_path):
     args = UniRefinerArguments(str(tmp_path), learning_rate=1e-4, use_cpu=True)
     assert args.scaled_learning_rate(16) == 1e-4

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import add_place, positive
+from .parser import place
 
 if TYPE_CHECKING:
     from ..evaluation.compare import FeatureComparison
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         required=True,
-        type=Path,
+        type=place,
         metavar="PATH",
         help="a folder of images, or one image",
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import add_place, positive
+from .parser import place
 
 if TYPE_CHECKING:
     from ..evaluation.diagnose import Diagnoses
@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         required=True,
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="images of any kind, unlike each other",
     )
     parser.add_argument(
         "--labels",
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="label maps named as the images, for k-NN retrieval",
     )

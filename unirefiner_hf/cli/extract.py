@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import add_place, positive
+from .parser import place
 
 if TYPE_CHECKING:
     from ..evaluation.extract import Features
@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         required=True,
-        type=Path,
+        type=place,
         metavar="PATH",
         help="a folder of images, searched through, or one image",
     )
     parser.add_argument(
         "--output",
         required=True,
-        type=Path,
+        type=place,
         metavar="FOLDER",
         help="a new folder, or with --overwrite one that this command wrote",
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .parser import place
 
 if TYPE_CHECKING:
     from ..export.merge import Merged
@@ -17,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         metavar="RUN",
-        type=Path,
+        type=place,
         help="folder of a finished run, or a checkpoint-N inside a run",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", type=Path, help="folder to write"
+        "--output", required=True, metavar="DIR", type=place, help="folder to write"
     )
     add_merge_options(parser)
     parser.add_argument(

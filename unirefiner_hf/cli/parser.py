@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UniRefinerError
@@ -131,3 +132,14 @@ def dashed(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+def place(word: str) -> Path:
+    """The type of an option that names a file or folder.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing, which a path takes for the current folder.
+    """
+    if not word.strip():
+        raise argparse.ArgumentTypeError("it is empty: name a file or folder")
+    return Path(word)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .merge import add_merge_options, merge_options
+from .parser import place
 
 if TYPE_CHECKING:
     from ..hub.push import Pushed
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         metavar="RUN",
-        type=Path,
+        type=place,
         help="folder of a finished run, or a checkpoint-N inside a run",
     )
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=place,
         help="folder to build in (default: published/ in the run)",
     )
     add_merge_options(parser)

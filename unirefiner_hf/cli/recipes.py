@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..resources import find_recipe, recipe_names
+from .parser import place
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dest",
         nargs="?",
-        type=Path,
+        type=place,
         default=Path("."),
         metavar="DEST",
         help="file or folder to copy it to (default: here)",

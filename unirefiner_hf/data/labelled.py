@@ -165,6 +165,10 @@ def open_pairs(
         if split not in data:
             raise LabelError(f"data has no split {split!r}; it has {', '.join(data)}.")
         return _pair_columns(data[split], split, image_column, label_column)
+    if isinstance(data, str) and not data.strip():
+        raise LabelError(
+            "data is empty: name a folder of images and labels, or a Hub id."
+        )
     root = Path(data).expanduser()
     if images is not None or labels is not None:
         if images is None or labels is None:

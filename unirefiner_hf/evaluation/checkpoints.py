@@ -331,6 +331,10 @@ def _locate(source: str) -> tuple[str, Path | None, str | None]:
     """Where the model lies, its folder if it is a user's own, and its run's method."""
     if source in ("starter", STARTER):
         return str(starter_tower()), None, None
+    if not source.strip():
+        raise CheckpointMismatchError(
+            "A checkpoint is empty: name a model or a folder."
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         run = path if is_run(path) else path.absolute().parent

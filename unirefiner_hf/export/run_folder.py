@@ -258,7 +258,11 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
             f"checkpoints ({there or 'it has none yet'})."
         )
     if not (adapter / adapter_files.WEIGHTS).is_file():
-        raise RunFolderError(f"{adapter} holds no {adapter_files.WEIGHTS}.")
+        there = ", ".join(map(checkpoint_name, checkpoint_steps(run)))
+        raise RunFolderError(
+            f"{adapter} holds no {adapter_files.WEIGHTS}. Checkpoints of {run}: "
+            f"{there or 'none'}."
+        )
     if step is not None:
         record = _at_checkpoint(record, step)
         skipped = read_refiner_state(folder)["skipped"]

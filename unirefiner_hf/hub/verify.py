@@ -13,7 +13,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from ..export.card import own_metadata
 from ..export.digests import is_weights, sha256
 from ..export.model_files import can_change, files_of, is_of_training, is_written
-from ..export.run_folder import CHECKPOINT, LAST, as_path
+from ..export.run_folder import CHECKPOINT, LAST, MERGED, as_path, is_run
 from ..results import Result, Table
 from .client import HubError, check_repo_id, explained, with_retries
 from .plan import ATTRIBUTES
@@ -138,6 +138,11 @@ def verify(
     told = own_metadata(folder) or {}
     stated, others = told.get("weights"), told.get("files")
     if not isinstance(stated, dict) or not stated:
+        if is_run(folder) and (folder / MERGED).is_dir():
+            raise HubError(
+                f"{folder} is a run, which states no checksums: verify its model, "
+                f"{folder / MERGED}."
+            )
         raise HubError(
             f"The card of {checkpoint} states no checksums: only a model that unirefiner "
             "published can be verified."

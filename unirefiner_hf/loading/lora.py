@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -49,7 +50,9 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=lora_targets(tower),
     )
-    wrapped = get_peft_model(tower, config)
+    with warnings.catch_warnings():  # PEFT asks by an old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        wrapped = get_peft_model(tower, config)
     base = str(tower.name_or_path) if name is None else name
     if Path(base).is_absolute() or Path(base).exists():
         base = Path(base).name
