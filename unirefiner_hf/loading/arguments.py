@@ -156,4 +156,4 @@ class BackboneArguments:
 
 
 def _is_side(side: Any) -> bool:
-    return isinstance(side, Integral) and not isinstance(side, bool) and side >= 1
+    return isinstance(side, Integral) and not isinstance(side, bool) and int(side) >= 1
