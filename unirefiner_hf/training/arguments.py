@@ -71,6 +71,8 @@ class UniRefinerArguments(  # type: ignore[misc]
         connect_cpus(self.ddp_timeout)
         with as_users("arguments of the run", Exception):
             TrainingArguments.__post_init__(self)
+        if self.device.type == "cpu":  # torch warns of what it cannot do
+            self.dataloader_pin_memory = False
 
     def _check_training(self) -> None:
         """Refuse what a run does not read, and numbers that are out of range."""
