@@ -53,6 +53,24 @@ def test_it_is_told_before_the_backbone_is_loaded(given, said, arguments, monkey
         refine(*arguments(**given))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "photos"),
+        ({"data_split": "val"}, "val"),
+        ({"output_dir": "photos"}, "output_dir is .*the folder of the images"),
+    ],
+)
+def test_images_are_looked_for_before_the_backbone_is_loaded(
+    options, said, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "load_trainable", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UniRefinerError, match=said):
+        refine(*arguments(**{"data": {"data": "photos"}, **options}))
+
+
 def test_a_table_without_rows_or_of_junk_is_named(arguments, tmp_path):
     empty, junk = tmp_path / "empty.parquet", tmp_path / "junk.parquet"
     datasets.Dataset.from_dict({"image": []}).to_parquet(str(empty))

@@ -20,12 +20,13 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class ToPixels:
-    """Image to normalised pixels ``(3, height, width)``."""
+    """Image to normalised pixels ``(3, height, width)``; unset until a backbone is known."""
 
-    size: tuple[int, int]
-    reading: PixelReading
+    size: tuple[int, int] | None
+    reading: PixelReading | None
 
     def __call__(self, source: Any, name: str) -> Tensor:
+        assert self.size is not None and self.reading is not None
         return self.reading(load_rgb(source, name), self.size)
 
 

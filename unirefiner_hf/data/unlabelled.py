@@ -33,8 +33,8 @@ SOURCES = (
 def open_training_images(
     data: Any,
     *,
-    image_size: tuple[int, int],
-    reading: PixelReading,
+    image_size: tuple[int, int] | None = None,
+    reading: PixelReading | None = None,
     split: str = "train",
     config_name: str | None = None,
     image_column: str = "image",
@@ -50,7 +50,9 @@ def open_training_images(
         data: see `SOURCES`. Items of a torch `Dataset` are PIL images, dicts with
             `image_column`, or tuples whose first part is the image.
         image_size: height and width in pixels.
-        reading: of pixels, as the backbone takes them.
+        reading: of pixels, as the backbone takes them. Without either the images are found
+            and looked through; `to_pixels` of what is returned is to be set before one is
+            read.
         split, config_name, streaming: of a name or path; a data set in memory has its own.
         max_images: a random subset of this size, the same for the same seed. Every
             subset is equally likely; of a stream it is drawn on the way, from up to ten

@@ -80,8 +80,8 @@ def _check_places(model: Model, args: UniRefinerArguments) -> None:
         check_publication(args, public_name(model), resume=bool(args.resume))
 
 
-def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any:
-    """The training images at the backbone's size and normalisation.
+def open_unlabelled(data: Any, args: UniRefinerArguments) -> Any:
+    """The training images; their size and normalisation are the backbone's, not loaded yet.
 
     Raises:
         RunError: the run would lie among them.
@@ -94,8 +94,6 @@ def open_unlabelled(data: Any, base: Backbone, args: UniRefinerArguments) -> Any
             )
     return open_training_images(
         starter_data(data),
-        image_size=base.image_size,
-        reading=base.reading,
         split=args.data_split,
         config_name=args.data_config,
         image_column=args.image_column,

@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..data.left_out import left_out_lines
-from ..data.samples import collate
+from ..data.samples import ToPixels, collate
 from ..data.streams import RefinementStream
 from ..data.unlabelled import sample_images
 from ..errors import UniRefinerError, as_users
@@ -218,6 +218,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
         load_whole()
         self._given = (model, processing_class)
         self._asked = all_asked(model, train_dataset, args, settings)
+        images = open_unlabelled(train_dataset, args)
         self.backbone = load_trainable(
             model,
             backbone_arguments(args),
@@ -230,7 +231,7 @@ class UniRefinerTrainer(RefinementCheckpoints):
                 f"The licence of {self.backbone.name} is unknown, and a published model "
                 "needs one: look it up and set model_license."
             )
-        images = open_unlabelled(train_dataset, self.backbone, args)
+        images.to_pixels = ToPixels(self.backbone.image_size, self.backbone.reading)
         # Each has fetched and read at its own pace.
         wait_long_for_all()
         main = not args.process_index
