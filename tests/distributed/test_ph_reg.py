@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.conftest import history
+from unirefiner_hf.training.state_tree import load_tree
 
 PH_REG = {"method": "ph_reg", "register_tokens": 4, "teacher_views": 2}
 
@@ -15,6 +16,13 @@ def weights(run):
         load_file(run.folder / "adapter" / f"{name}.safetensors") for name in names
     ]
     return {name: value for file in files for name, value in file.items()}
+
+
+def moments(run):
+    """Number of a parameter, of both of the optimiser's groups -> its first moment."""
+    last = max(run.folder.glob("checkpoint-*"), key=lambda f: int(f.name[11:]))
+    state = load_tree(last / "optimizer.safetensors")["state"]
+    return {number: entries["exp_avg"] for number, entries in state.items()}
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero2"])
@@ -32,6 +40,10 @@ def test_two_processes_train_what_one_does(launch, tmp_path, mode):
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.allclose(two[name], value, atol=1e-3), name
+    one, two = moments(alone), moments(both)
+    assert one.keys() == two.keys() and len(one) > 20
+    for number, value in one.items():
+        assert value.any() and torch.allclose(two[number], value, atol=1e-3), number
 
 
 def test_zero3_is_refused(launch, tmp_path):

@@ -62,6 +62,7 @@ def gather_optimizer(engine: Any, groups: list[list[str]]) -> dict[str, Any]:
     for names in groups:
         numbered.append(list(range(len(state), len(state) + len(names))))
         for number, name in zip(numbered[-1], names, strict=True):
+            _link(parameters[name], base)
             whole = {
                 key: safe_get_full_optimizer_state(parameters[name], key).cpu()
                 for key in wide
@@ -176,18 +177,28 @@ def _write(
             part = _part_of(parameter, value)
             utils.safe_set_local_optimizer_state(parameter, part, key)
         return
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:  # no part of it is here
+    if not _link(parameter, base):
         return
+    utils.safe_set_full_fp32_param(parameter, weight)
+    for key, value in entries.items():
+        utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _link(parameter: nn.Parameter, base: Optimizer) -> bool:
+    """Have a parameter of ZeRO-1/2 know its part of the state; False where it has none here.
+
+    DeepSpeed links every group after the first before the state of that group is made.
+    """
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return False
     flat = next(
         part
         for part in base.param_groups[mapping.param_group_index]["params"]
         if part in base.state
     )
     mapping.set_optim_state_fragment(flat, base.state[flat])
-    utils.safe_set_full_fp32_param(parameter, weight)
-    for key, value in entries.items():
-        utils.safe_set_full_optimizer_state(parameter, value, key)
+    return True
 
 
 def _part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
