@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # One core each, for the commands they start too.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

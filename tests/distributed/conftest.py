@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class Run:
         """End the launcher and every process it started, at once."""
         launcher = psutil.Process(self.process.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # one may just have ended
+                process.kill()
         self.process.wait(30)
 
     def text(self) -> str:
